@@ -1,0 +1,273 @@
+"""Where documents come from: generated tasks and text files. Every source is endless and resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from openmimo import tasks
+from openmimo.data.documents import Document, Encoder, State, TrainingTemplate, whole_number
+from openmimo.data.files import TEXT_SUFFIXES, find_files, fingerprint, shuffled
+from openmimo.data.readers import Record, RecordFile, open_records
+from openmimo.errors import DataError, TextError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Source(Protocol):
+    """An endless stream of documents whose position is a small JSON state."""
+
+    @property
+    def name(self) -> str:
+        """What the documents are counted under."""
+        ...
+
+    def next_document(self) -> Document:
+        """The document at the position; moves on."""
+        ...
+
+    def state(self) -> State:
+        """The position, as JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes a position that an equal source's `state()` gave."""
+        ...
+
+    def close(self) -> None:
+        """Releases open files; the source stays usable."""
+        ...
+
+
+class TaskSource:
+    """Problems of one domain with their worked answers; problem `i` is the same whoever makes it.
+
+    With a `template` a document is a conversation (prompt by the user, solution by the assistant) and the assistant's
+    tokens are the targets; without one it is the text `prompt`, a line end, `solution`, and all of it is target.
+    The levels take turns.
+    """
+
+    def __init__(
+        self,
+        domain: str,
+        *,
+        levels: Sequence[int],
+        split: str,
+        seed: int,
+        tokenizer: Encoder,
+        template: TrainingTemplate | None = None,
+    ) -> None:
+        if not levels:
+            raise DataError(f"task source {domain!r} got no levels; give at least one, such as levels = [1]")
+        self.name = f"task:{domain}"
+        self._domain = domain
+        self._levels = tuple(levels)
+        self._split = split
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._template = template
+        self._index = 0
+
+    def next_document(self) -> Document:
+        """The document at the position; moves on."""
+        round_index, turn = divmod(self._index, len(self._levels))
+        problem = tasks.sample_problem(
+            self._domain, split=self._split, level=self._levels[turn], seed=self._seed, index=round_index
+        )
+        self._index += 1
+        if self._template is None:
+            ids = self._tokenizer.encode(f"{problem.prompt}\n{problem.solution}")
+            return _document([*ids, self._tokenizer.special(END_OF_TEXT)], None, self.name)
+        turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.solution}]
+        return _document(*self._template.render_training(turns), self.name)
+
+    def state(self) -> State:
+        """The number of documents made."""
+        return {"index": self._index}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes a position that an equal source's `state()` gave."""
+        self._index = whole_number(state, "index")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    document: Document
+    next_position: int | None
+
+
+class TextSource:
+    """Text files, in a new order every epoch, cut into documents of at most `max_document_tokens`.
+
+    Every token comes out exactly once per epoch. `END_OF_TEXT` closes each plain text file and each `text` record;
+    `messages` records are rendered with `template`. With `assistant_only` just the assistant's tokens of such records
+    are targets. A file is tokenised block by block, so memory does not grow with it; tokens are kept for later epochs
+    until `cache_tokens` of them are held. `on_bad="skip"` leaves out unreadable lines and counts them in `num_skipped`
+    each time they are met.
+
+    Raises: DataError for missing paths, and from `next_document` for unreadable files and lines.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        seed: int,
+        tokenizer: Encoder,
+        template: TrainingTemplate | None = None,
+        assistant_only: bool = False,
+        max_document_tokens: int = 8192,
+        text_suffixes: Sequence[str] = TEXT_SUFFIXES,
+        on_bad: Literal["error", "skip"] = "error",
+        cache_tokens: int = 1 << 24,
+    ) -> None:
+        if max_document_tokens < 2:
+            raise DataError(f"max_document_tokens={max_document_tokens} must be at least 2")
+        self.name = "text:" + ",".join(Path(path).name for path in paths)
+        self.num_skipped = 0
+        self._files = find_files(paths, text_suffixes=text_suffixes)
+        self._fingerprint = fingerprint(self._files)
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._template = template
+        self._assistant_only = assistant_only
+        self._max_document_tokens = max_document_tokens
+        self._on_bad = on_bad
+        self._cache: dict[tuple[int, int], _Encoded] = {}
+        self._cache_room = cache_tokens
+        self._open: tuple[int, RecordFile] | None = None
+        self._current: tuple[tuple[int, int], _Encoded] | None = None
+        self._epoch_is_empty = True
+        self._go_to(epoch=0, turn=0, position=0, token=0)
+
+    def next_document(self) -> Document:
+        """The document at the position; moves on."""
+        while True:
+            record = self._record()
+            if self._token < len(record.document):
+                start = self._token
+                self._token = min(start + self._max_document_tokens, len(record.document))
+                self._epoch_is_empty = False
+                return record.document.part(start, self._token)
+            self._token = 0
+            if record.next_position is not None:
+                self._position = record.next_position
+            else:
+                self._next_file()
+
+    def state(self) -> State:
+        """Epoch, turn within its order of files, position in the file, token within the record."""
+        return {
+            "epoch": self._epoch,
+            "turn": self._turn,
+            "position": self._position,
+            "token": self._token,
+            "files": self._fingerprint,
+            "skipped": self.num_skipped,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes a position that an equal source's `state()` gave.
+
+        Raises: DataError if the files are not those of the saved state.
+        """
+        if state.get("files") != self._fingerprint:
+            raise DataError(
+                f"the files of {self.name} are not those of the saved run (added, removed, renamed or resized); "
+                "restore them or start without the data cursor"
+            )
+        turn = whole_number(state, "turn")
+        if turn >= len(self._files):
+            raise DataError(f"saved data state has turn={turn}, expected one below {len(self._files)}")
+        self._go_to(
+            epoch=whole_number(state, "epoch"),
+            turn=turn,
+            position=whole_number(state, "position"),
+            token=whole_number(state, "token"),
+        )
+        self._epoch_is_empty = turn == self._position == self._token == 0
+        self.num_skipped = whole_number(state, "skipped")
+
+    def close(self) -> None:
+        """Releases the open file; the source stays usable."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def _go_to(self, *, epoch: int, turn: int, position: int, token: int) -> None:
+        self._epoch, self._turn, self._position, self._token = epoch, turn, position, token
+        self._order = shuffled(self._files, seed=self._seed, epoch=epoch)
+
+    def _next_file(self) -> None:
+        if self._turn + 1 < len(self._files):
+            self._turn += 1
+            self._position = 0
+            return
+        if self._epoch_is_empty:
+            raise DataError(f"{self.name}: no text in {len(self._files)} file(s); add some or remove the source")
+        self._epoch_is_empty = True
+        self._go_to(epoch=self._epoch + 1, turn=0, position=0, token=0)
+
+    def _record(self) -> _Encoded:
+        """The tokens of the record at the position: the one at hand, a kept one, or a fresh one."""
+        key = (self._order[self._turn], self._position)
+        if self._current is not None and self._current[0] == key:
+            return self._current[1]
+        encoded = self._cache.get(key)
+        if encoded is None:
+            encoded = self._encode(self._read(*key))
+            # What is kept stays: replacing the oldest would never hit, as files come round in turn.
+            if len(encoded.document) <= self._cache_room:
+                self._cache[key] = encoded
+                self._cache_room -= len(encoded.document)
+        self._current = (key, encoded)
+        return encoded
+
+    def _read(self, file_index: int, position: int) -> Record:
+        if self._open is None or self._open[0] != file_index:
+            self.close()
+            self._open = (file_index, open_records(self._files[file_index].path))
+        record = self._open[1].read(position)
+        if record.problem:
+            self._refuse(record.problem, record.bad_position, num_bad=record.num_bad)
+        return record
+
+    def _refuse(self, problem: str, position: int, *, num_bad: int, cause: Exception | None = None) -> None:
+        self.num_skipped += num_bad
+        if self._on_bad == "error" and self._open is not None:
+            where = self._open[1].where(position)
+            raise DataError(f'{where}: {problem}; correct it or pass on_bad="skip"') from cause
+
+    def _encode(self, record: Record) -> _Encoded:
+        ids: list[int] = []
+        mask: list[bool] | None = None
+        if record.messages is not None:
+            ids, mask = self._render(record.messages)
+        elif record.text is not None:
+            ids = self._tokenizer.encode(record.text)
+            if record.ends_document:
+                ids = [*ids, self._tokenizer.special(END_OF_TEXT)]
+        return _Encoded(_document(ids, mask if self._assistant_only else None, self.name), record.next_position)
+
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        if self._template is None:
+            raise DataError(f"{self.name} has `messages` but no chat template was given; pass `template`")
+        try:
+            return self._template.render_training(messages)
+        except TextError as error:
+            self._refuse(f"messages cannot be rendered ({error})", self._position, num_bad=1, cause=error)
+            return [], []
+
+
+def _document(ids: list[int], mask: list[bool] | None, source: str) -> Document:
+    token_ids: npt.NDArray[np.int32] = np.array(ids, np.int32)
+    loss_mask = np.ones(len(ids), np.bool_) if mask is None else np.array(mask, np.bool_)
+    return Document(token_ids, loss_mask, source)
