@@ -122,7 +122,9 @@ class ModelConfig:
         for kind in AttentionKind:
             rotary = self.rotary_dim(kind)
             if not 0 <= rotary <= self.attention(kind).qk_head_dim:
-                raise ConfigError(f"rope_fraction={self.rope_fraction} gives {rotary} rotary dims of {kind.value} heads")
+                raise ConfigError(
+                    f"rope_fraction={self.rope_fraction} gives {rotary} rotary dims of {kind.value} heads"
+                )
         for name, low in (("norm_eps", 0.0), ("init_std", 0.0)):
             if not getattr(self, name) > low:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above {low}")
@@ -229,7 +231,7 @@ _PRESETS: dict[str, ModelConfig] = {
                     expert_dim=128, num_heads=8, kv_heads=(2, 4), head_dims=(48, 32)),
     # Small enough to learn the demo's three domains from nothing in minutes on two cores.
     "nano": _hybrid(vocab_size=1024, hidden_size=128, num_layers=6, dense_dim=256, num_experts=8, top_k=2,
-                    expert_dim=128, num_heads=4, kv_heads=(2, 2), head_dims=(32, 32), window_keys=64,
+                    expert_dim=128, num_heads=4, kv_heads=(1, 2), head_dims=(32, 32), window_keys=64,
                     thetas=(1e5, 1e4), max_positions=4096, rope_fraction=0.5),
 }
 # fmt: on

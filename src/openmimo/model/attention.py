@@ -1,0 +1,227 @@
+"""Hybrid attention: global layers see every earlier key, sliding layers the last `window_keys`.
+
+Suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K QK dim, V value dim,
+C tokens per block of the windowed form, N number of blocks, L keys that one block can see.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
+from openmimo.errors import ShapeError
+from openmimo.model.cache import Cache, LayerCache
+from openmimo.model.flash import flash_attention
+from openmimo.model.rope import rotary_tables, rotate
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What all layers of one kind share in a forward pass: rotary tables and additive masks.
+
+    `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per
+    block, for global layers one (T x S) square per sequence, for cached decoding one row per query.
+    """
+
+    kind: AttentionKind
+    cos_BT1R: Tensor
+    sin_BT1R: Tensor
+    bias: Tensor | None
+    block_tokens: int = 0
+    cached: bool = False
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with partial rotary, value scale and an optional sink per head.
+
+    Source: MiMo-V2-Flash report, hybrid attention. The sink enters the softmax denominator only.
+    """
+
+    def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
+        super().__init__()
+        self.kind = kind
+        self.geometry: AttentionConfig = config.attention(kind)
+        self.value_scale = config.value_scale
+        g = self.geometry
+        self.split_sizes = (g.num_heads * g.qk_head_dim, g.num_kv_heads * g.qk_head_dim, g.num_kv_heads * g.v_head_dim)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=False)
+        self.o_proj = nn.Linear(g.num_heads * g.v_head_dim, config.hidden_size, bias=False)
+        self.attention_sink_bias = nn.Parameter(torch.zeros(g.num_heads)) if g.sink else None
+
+    def forward(self, x_BTD: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+        """Shapes: x (B, T, D) -> (B, T, D). With a cache, new keys are written to its slots first."""
+        g = self.geometry
+        q, k, v = self.qkv_proj(x_BTD).split(self.split_sizes, dim=-1)
+        q_BTHK = rotate(q.unflatten(-1, (g.num_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
+        k_BTGK = rotate(k.unflatten(-1, (g.num_kv_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
+        v_BTGV = v.unflatten(-1, (g.num_kv_heads, g.v_head_dim)) * self.value_scale
+        if cache is not None:
+            cache.write(k_BTGK, v_BTGV)
+        if plan.cached:
+            assert cache is not None
+            k_BTGK, v_BTGV = cache.read()
+        if plan.cached or self.kind is AttentionKind.GLOBAL:
+            out_BTHV = attend(q_BTHK, k_BTGK, v_BTGV, bias=plan.bias, sink_H=self.attention_sink_bias)
+        else:
+            assert plan.bias is not None
+            out_BTHV = attend_window(
+                q_BTHK,
+                k_BTGK,
+                v_BTGV,
+                bias_NCL=plan.bias,
+                block_tokens=plan.block_tokens,
+                sink_H=self.attention_sink_bias,
+            )
+        return self.o_proj(out_BTHV.flatten(-2))
+
+
+def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, bias: Tensor | None, sink_H: Tensor | None) -> Tensor:
+    """Attention of every query to all keys that `bias` allows; causal when `bias` is None.
+
+    Shapes: bias (B or 1, T, S) additive -> out (B, T, H, V).   Raises: ShapeError if G does not divide H.
+    """
+    groups = _heads_per_group(q_BTHK, k_BSGK)
+    num_tokens = q_BTHK.shape[1]
+    k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
+    if bias is None:
+        out_BHTV = flash_attention(
+            q_BTHK.transpose(1, 2),
+            k_BGSK.repeat_interleave(groups, dim=1),
+            v_BGSV.repeat_interleave(groups, dim=1),
+            bias=None,
+            sink_H=sink_H,
+        )
+        return out_BHTV.transpose(1, 2)
+    out_BGRTV = flash_attention(
+        _stack_groups(q_BTHK, groups), k_BGSK, v_BGSV, bias=bias.repeat(1, groups, 1)[:, None], sink_H=sink_H
+    ).unflatten(2, (groups, num_tokens))
+    return out_BGRTV.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attend_window(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, bias_NCL: Tensor, block_tokens: int, sink_H: Tensor | None
+) -> Tensor:
+    """Sliding-window attention in blocks: each block of C queries sees its own and the blocks just before.
+
+    The batch is laid end to end as one long sequence; `bias_NCL` (see `window_bias`) keeps sequences,
+    documents and the window apart, so no T x T mask exists.
+    Shapes: -> out (B, T, H, V).   Cost: 2*B*T*H*(K+V)*L FLOPs and O(B*T*L) memory, L = window + C at most.
+    """
+    batch, num_tokens, num_heads, _ = q_BTHK.shape
+    groups = _heads_per_group(q_BTHK, k_BTGK)
+    num_blocks, _, keys_per_block = bias_NCL.shape
+    num_back = keys_per_block // block_tokens - 1
+    tail = num_blocks * block_tokens - batch * num_tokens
+
+    def blocks(x_BTHK: Tensor, front: int) -> Tensor:
+        flat = F.pad(x_BTHK.flatten(0, 1), (0, 0, 0, 0, front * block_tokens, tail))
+        return flat.unflatten(0, (num_blocks + front, block_tokens))
+
+    def neighbours(x_BTGK: Tensor) -> Tensor:
+        padded = blocks(x_BTGK, num_back)
+        shifted = [padded[i : i + num_blocks] for i in range(num_back + 1)]
+        return torch.cat(shifted, dim=1).transpose(1, 2)  # (N, G, L, K)
+
+    out_NGRCV = flash_attention(
+        _stack_groups(blocks(q_BTHK, 0), groups),
+        neighbours(k_BTGK),
+        neighbours(v_BTGV),
+        bias=bias_NCL.repeat(1, groups, 1)[:, None],
+        sink_H=sink_H,
+    ).unflatten(2, (groups, block_tokens))
+    out_TC = out_NGRCV.permute(0, 3, 1, 2, 4).reshape(num_blocks * block_tokens, num_heads, -1)
+    return out_TC[: batch * num_tokens].unflatten(0, (batch, num_tokens))
+
+
+def window_bias(document_ids_BT: Tensor, window_keys: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """The additive mask of `attend_window`, one tile per block, shared by all sliding layers.
+
+    A key is visible when it lies in the same document, at or before the query, fewer than `window_keys` back.
+    Documents are compared by id *and* row, so equal ids in two rows stay apart.
+    Shapes: -> (N, C, L) and the block size C.   Cost: O(B*T*L) bytes once per batch.
+    """
+    batch, num_tokens = document_ids_BT.shape
+    block = min(64, max(8, 1 << (window_keys - 1).bit_length()))
+    num_back = math.ceil((window_keys - 1) / block)
+    device = document_ids_BT.device
+    rows_B1 = torch.arange(batch, device=device)[:, None]
+    # Distinct id per (row, document); padding keeps its own so that every query sees at least itself.
+    flat = (document_ids_BT.to(torch.int64) + 1 + rows_B1 * (num_tokens + 1)).flatten()
+    num_blocks = math.ceil(batch * num_tokens / block)
+    flat = F.pad(flat, (num_back * block, num_blocks * block - batch * num_tokens), value=-1)
+    ids = flat.unflatten(0, (num_blocks + num_back, block))
+    key_ids_NL = torch.cat([ids[i : i + num_blocks] for i in range(num_back + 1)], dim=1)
+    query_ids_NC = ids[num_back:]
+    query_offset_C1 = torch.arange(block, device=device)[:, None] + num_back * block
+    distance_CL = query_offset_C1 - torch.arange((num_back + 1) * block, device=device)[None, :]
+    in_window_CL = (distance_CL >= 0) & (distance_CL < window_keys)
+    visible_NCL = (query_ids_NC[:, :, None] == key_ids_NL[:, None, :]) & in_window_CL
+    return _additive(visible_NCL, dtype), block
+
+
+def causal_bias(document_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask of global layers on packed rows: same document, at or before the query. Shape (B, T, T)."""
+    num_tokens = document_ids_BT.shape[1]
+    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=document_ids_BT.device).tril()
+    visible_BTT = (document_ids_BT[:, :, None] == document_ids_BT[:, None, :]) & causal_TT
+    return _additive(visible_BTT, dtype)
+
+
+def make_plans(
+    config: ModelConfig, position_ids_BT: Tensor, document_ids_BT: Tensor | None, dtype: torch.dtype
+) -> dict[AttentionKind, AttentionPlan]:
+    """Rotary tables and masks for a whole-sequence pass, made once and shared by all layers and MTP heads.
+
+    Without `document_ids_BT` each row is one document.
+    """
+    plans: dict[AttentionKind, AttentionPlan] = {}
+    for kind in AttentionKind:
+        geometry = config.attention(kind)
+        cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
+        if kind is AttentionKind.GLOBAL:
+            bias = None if document_ids_BT is None else causal_bias(document_ids_BT, dtype)
+            plans[kind] = AttentionPlan(kind, cos, sin, bias)
+        else:
+            assert geometry.window_keys is not None
+            ids = torch.zeros_like(position_ids_BT) if document_ids_BT is None else document_ids_BT
+            bias, block = window_bias(ids, geometry.window_keys, dtype)
+            plans[kind] = AttentionPlan(kind, cos, sin, bias, block_tokens=block)
+    return plans
+
+
+def make_cached_plans(
+    config: ModelConfig, position_ids_BT: Tensor, cache: Cache, dtype: torch.dtype
+) -> dict[AttentionKind, AttentionPlan]:
+    """Rotary tables and one mask row per query for a few new tokens on top of a cache."""
+    plans: dict[AttentionKind, AttentionPlan] = {}
+    for kind in AttentionKind:
+        geometry = config.attention(kind)
+        cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
+        key_positions_BS = cache.key_positions(kind)
+        distance_BTS = position_ids_BT[:, :, None] - key_positions_BS[:, None, :]
+        visible_BTS = (distance_BTS >= 0) & (key_positions_BS[:, None, :] >= 0)
+        if geometry.window_keys is not None:
+            visible_BTS &= distance_BTS < geometry.window_keys
+        plans[kind] = AttentionPlan(kind, cos, sin, _additive(visible_BTS, dtype), cached=True)
+    return plans
+
+
+def _stack_groups(q_BTHK: Tensor, groups: int) -> Tensor:
+    """The R query heads that share keys become rows of one larger product: (B, T, G*R, K) -> (B, G, R*T, K)."""
+    return q_BTHK.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _heads_per_group(q_BTHK: Tensor, k_BSGK: Tensor) -> int:
+    num_heads, num_groups = q_BTHK.shape[2], k_BSGK.shape[2]
+    if num_heads % num_groups:
+        raise ShapeError(f"{num_heads} query heads cannot share {num_groups} key/value heads; G must divide H")
+    return num_heads // num_groups

@@ -1,0 +1,180 @@
+"""Feed-forward layers: dense SwiGLU, and the sparse mixture with a sigmoid router.
+
+Suffixes: N tokens (batch and time flattened), D hidden, E experts, k chosen experts, F expert width, M = N * k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmimo.config.model import MoEConfig
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU with the gate and up projections stacked (gate rows first)."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x_BTD)))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class Routing(NamedTuple):
+    """What the router decided for each token: all scores before the bias, chosen experts, their weights."""
+
+    scores_NE: Tensor
+    experts_Nk: Tensor
+    weights_Nk: Tensor
+
+
+class Router(nn.Module):
+    """fp32 sigmoid scores; the bias takes part in the choice of experts and never in their weights.
+
+    Source: MiMo-V2-Flash report, section on sparse layers; balance by bias as in DeepSeek-V3.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=torch.float32))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x_ND: Tensor, replay_Nk: Tensor | None = None) -> Routing:
+        """Choose experts, or take them from `replay_Nk`.
+
+        Replayed experts get their weights from the full scores of this pass, so the router receives a gradient
+        for each of them even where it would have chosen others.
+        """
+        scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.weight.float()))
+        if replay_Nk is None:
+            choice_NE = scores_NE.detach() + self.e_score_correction_bias
+            experts_Nk = choice_NE.topk(self.config.num_experts_per_token, dim=-1).indices
+        else:
+            experts_Nk = replay_Nk.to(torch.int64)
+        weights_Nk = scores_NE.gather(1, experts_Nk)
+        if self.config.normalize_weights:
+            weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
+        return Routing(scores_NE, experts_Nk, weights_Nk * self.config.routed_scaling)
+
+
+class Experts(nn.Module):
+    """All experts' SwiGLU weights, stacked; tokens are sorted by expert and each expert runs once.
+
+    No capacity limit and no loop over tokens: the sort is the dispatch, the inverse permutation the combine.
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_dim))
+
+    def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
+        top_k = experts_Nk.shape[1]
+        experts_M = experts_Nk.flatten()
+        sorted_M, order_M = experts_M.sort(stable=True)
+        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
+        ends_E = torch.searchsorted(
+            sorted_M, torch.arange(self.num_experts, device=sorted_M.device), right=True, out_int32=True
+        )
+        x_MD = _Dispatch.apply(x_ND, order_M, place_M, top_k)
+        hidden_MF = swiglu(F.grouped_mm(x_MD, self.gate_up_proj.transpose(1, 2), offs=ends_E))
+        y_MD = F.grouped_mm(hidden_MF, self.down_proj.transpose(1, 2), offs=ends_E)
+        y_NkD = _Permute.apply(y_MD, place_M, order_M).unflatten(0, (-1, top_k))
+        y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
+        return y_ND, torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy token rows into expert order; backward sums each token's copies by a gather, not a scatter."""
+
+    @staticmethod
+    def forward(x_ND: Tensor, order_M: Tensor, place_M: Tensor, top_k: int) -> Tensor:
+        return x_ND.index_select(0, order_M // top_k)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _, _, place_M, ctx.top_k = inputs
+        ctx.save_for_backward(place_M)
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        (place_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Reorder rows by a permutation whose inverse is known, so that backward is a gather too."""
+
+    @staticmethod
+    def forward(x_MD: Tensor, index_M: Tensor, inverse_M: Tensor) -> Tensor:
+        return x_MD.index_select(0, index_M)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (inverse_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, inverse_M), None, None
+
+
+class LayerRouting(NamedTuple):
+    """One sparse layer's routing of a batch: chosen experts, tokens per expert, sequence balance loss."""
+
+    experts_BTk: Tensor
+    tokens_per_expert_E: Tensor
+    balance_loss: Tensor
+
+
+class SparseMLP(nn.Module):
+    """Router and experts."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.gate = Router(hidden_size, config)
+        self.experts = Experts(hidden_size, config)
+
+    def forward(self, x_BTD: Tensor, replay_BTk: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
+        shape = x_BTD.shape
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.gate(x_ND, None if replay_BTk is None else replay_BTk.flatten(0, 1))
+        y_ND, tokens_per_expert_E = self.experts(x_ND, routing.experts_Nk, routing.weights_Nk)
+        experts_BTk = routing.experts_Nk.unflatten(0, shape[:2])
+        loss = sequence_balance_loss(routing.scores_NE.unflatten(0, shape[:2]), experts_BTk)
+        return y_ND.view(shape), LayerRouting(experts_BTk, tokens_per_expert_E, loss)
+
+
+def sequence_balance_loss(scores_BTE: Tensor, experts_BTk: Tensor) -> Tensor:
+    """Mean over sequences of sum_e f_e * p_e: 1 when experts are used evenly, more when they are not.
+
+    f_e is the share of the sequence's choices that fell on e, times E; p_e the mean normalised score.
+    Source: the complementary sequence-wise loss of DeepSeek-V3, which the report uses with a small coefficient.
+    """
+    num_experts = scores_BTE.shape[-1]
+    share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
+    chosen_BE = F.one_hot(experts_BTk.flatten(1), num_experts).float().mean(1) * num_experts
+    return (chosen_BE * share_BTE.mean(1)).sum(-1).mean()
+
+
+@torch.no_grad()
+def update_balance_bias(router: Router, tokens_per_expert_E: Tensor, rate: float) -> None:
+    """Raise the bias of under-used experts and lower that of over-used ones by `rate`."""
+    load_E = tokens_per_expert_E.float()
+    router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
