@@ -1,0 +1,186 @@
+"""Careful file access: strict JSON, regular files only, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+from openmimo.errors import CheckpointError
+
+_CURRENT_FOLDER = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for unbuffered reading.
+
+    Links are followed, because download caches are made of them, but devices, pipes and folders are refused
+    before anything is read. Raises: CheckpointError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot open {str(path)!r}: {error}; check the path and its permissions") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{str(path)!r} is not a regular file; replace it by the file itself")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_exactly(file: BinaryIO, buffer: memoryview, *, what: str) -> None:
+    """Fill `buffer` from the file's position. Raises: CheckpointError when the file ends early or cannot be read."""
+    done = 0
+    while done < len(buffer):
+        try:
+            count = cast("int", file.readinto(buffer[done:]))  # type: ignore[attr-defined]  # raw files have it
+        except OSError as error:
+            raise CheckpointError(f"cannot read {what}: {error}; copy the file again") from error
+        if not count:
+            raise CheckpointError(f"{what} ends after {done} of {len(buffer)} bytes; copy the file again")
+        done += count
+
+
+def read_small_file(path: Path, *, max_bytes: int) -> bytes:
+    """The whole content of a file that may not exceed `max_bytes`. Raises: CheckpointError."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise CheckpointError(
+                f"{str(path)!r} has {size} bytes, at most {max_bytes} are allowed; is it the right file?"
+            )
+        content = bytearray(size)
+        read_exactly(file, memoryview(content), what=str(path))
+    return bytes(content)
+
+
+def parse_json_object(content: bytes, *, what: str) -> dict[str, object]:
+    """A JSON object, read strictly: UTF-8, no repeated keys, no NaN, no runaway nesting.
+
+    Raises: CheckpointError.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value: object = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON: {error}; restore the file from its source") from error
+    return as_object(value, what=what)
+
+
+def as_object(value: object, *, what: str) -> dict[str, object]:
+    """`value` as a JSON object. Raises: CheckpointError for any other JSON value."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}; restore the file")
+    return cast("dict[str, object]", value)
+
+
+def read_json_object(path: Path, *, max_bytes: int) -> dict[str, object]:
+    """Read and strictly parse a small JSON file. Raises: CheckpointError."""
+    return parse_json_object(read_small_file(path, max_bytes=max_bytes), what=str(path))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is a visible file of the folder itself: no separators, no parents, no control characters."""
+    return bool(name) and not name.startswith(".") and "/" not in name and "\\" not in name and name.isprintable()
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Generator[Path]:
+    """A temporary sibling folder that takes `target`'s place when the block ends without an error.
+
+    Everything is synced to disk first. An existing target is exchanged in one step, so at every moment
+    either the old or the new folder is there. Raises: CheckpointError when the folder cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise CheckpointError(f"{str(target)!r} exists and is not a folder; choose another path")
+    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(target)
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        _put_in_place(temporary, target)
+        _sync_path(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(target)!r}: {error}; free space or choose another path") from error
+    finally:
+        # Holds the unfinished folder after an error and the replaced one after an exchange.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Finish a replacement that was cut short on a file system without atomic exchange."""
+    previous = _previous(Path(os.path.abspath(target)))
+    if previous.is_dir():
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            previous.rename(target)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete unfinished temporary folders that killed processes left in `parent`."""
+    for path in parent.glob(".tmp-*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _previous(target: Path) -> Path:
+    return target.parent / f".previous-{target.name}"
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        # Between these renames only `.previous-*` exists; `recover_folder` brings it back.
+        target.rename(_previous(target))
+        temporary.rename(target)
+        shutil.rmtree(_previous(target), ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders atomically; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_CURRENT_FOLDER, os.fsencode(first), _CURRENT_FOLDER, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
