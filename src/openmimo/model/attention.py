@@ -7,6 +7,7 @@ C tokens per block of the windowed form, N number of blocks, L keys that one blo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,12 @@ from torch import Tensor, nn
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
 from openmimo.errors import ShapeError
 from openmimo.model.cache import Cache, LayerCache
-from openmimo.model.flash import flash_attention
 from openmimo.model.rope import rotary_tables, rotate
+
+# The sink's key is padded to a multiple that matrix products like; the other columns are masked.
+SINK_COLUMNS = 8
+# Scores computed at once, in elements.
+SLICE_SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -83,24 +88,17 @@ class Attention(nn.Module):
 def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, bias: Tensor | None, sink_H: Tensor | None) -> Tensor:
     """Attention of every query to all keys that `bias` allows; causal when `bias` is None.
 
-    Shapes: bias (B or 1, T, S) additive -> out (B, T, H, V).   Raises: ShapeError if G does not divide H.
+    Shapes: bias (B or 1, T, S, plus the sink's columns) additive -> out (B, T, H, V).
+    Raises: ShapeError if G does not divide H.
     """
     groups = _heads_per_group(q_BTHK, k_BSGK)
-    num_tokens = q_BTHK.shape[1]
     k_BGSK, v_BGSV = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
+    if bias is None and sink_H is None:
+        return _fused_causal(q_BTHK.transpose(1, 2), k_BGSK, v_BGSV, groups).transpose(1, 2)
     if bias is None:
-        out_BHTV = flash_attention(
-            q_BTHK.transpose(1, 2),
-            k_BGSK.repeat_interleave(groups, dim=1),
-            v_BGSV.repeat_interleave(groups, dim=1),
-            bias=None,
-            sink_H=sink_H,
-        )
-        return out_BHTV.transpose(1, 2)
-    out_BGRTV = flash_attention(
-        _stack_groups(q_BTHK, groups), k_BGSK, v_BGSV, bias=bias.repeat(1, groups, 1)[:, None], sink_H=sink_H
-    ).unflatten(2, (groups, num_tokens))
-    return out_BGRTV.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        bias = with_sink_columns(causal_bias(torch.zeros_like(q_BTHK[:1, :, 0, 0], dtype=torch.int32), q_BTHK.dtype))
+    out_BGRTV = masked_softmax_attention(_stack_groups(q_BTHK, groups), k_BGSK, v_BGSV, bias, sink_H)
+    return out_BGRTV.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def attend_window(
@@ -114,28 +112,84 @@ def attend_window(
     """
     batch, num_tokens, num_heads, _ = q_BTHK.shape
     groups = _heads_per_group(q_BTHK, k_BTGK)
-    num_blocks, _, keys_per_block = bias_NCL.shape
+    num_blocks = bias_NCL.shape[0]
+    keys_per_block = bias_NCL.shape[2] - (SINK_COLUMNS if sink_H is not None else 0)
     num_back = keys_per_block // block_tokens - 1
     tail = num_blocks * block_tokens - batch * num_tokens
 
     def blocks(x_BTHK: Tensor, front: int) -> Tensor:
-        flat = F.pad(x_BTHK.flatten(0, 1), (0, 0, 0, 0, front * block_tokens, tail))
+        flat = x_BTHK.flatten(0, 1)
+        if front or tail:
+            flat = F.pad(flat, (0, 0, 0, 0, front * block_tokens, tail))
         return flat.unflatten(0, (num_blocks + front, block_tokens))
 
     def neighbours(x_BTGK: Tensor) -> Tensor:
-        padded = blocks(x_BTGK, num_back)
-        shifted = [padded[i : i + num_blocks] for i in range(num_back + 1)]
-        return torch.cat(shifted, dim=1).transpose(1, 2)  # (N, G, L, K)
+        padded = blocks(x_BTGK, num_back).transpose(1, 2)
+        return torch.cat([padded[i : i + num_blocks] for i in range(num_back + 1)], dim=2)  # (N, G, L, K)
 
-    out_NGRCV = flash_attention(
-        _stack_groups(blocks(q_BTHK, 0), groups),
-        neighbours(k_BTGK),
-        neighbours(v_BTGV),
-        bias=bias_NCL.repeat(1, groups, 1)[:, None],
-        sink_H=sink_H,
-    ).unflatten(2, (groups, block_tokens))
-    out_TC = out_NGRCV.permute(0, 3, 1, 2, 4).reshape(num_blocks * block_tokens, num_heads, -1)
-    return out_TC[: batch * num_tokens].unflatten(0, (batch, num_tokens))
+    out_NGRCV = masked_softmax_attention(
+        _stack_groups(blocks(q_BTHK, 0), groups), neighbours(k_BTGK), neighbours(v_BTGV), bias_NCL, sink_H
+    )
+    out_NCHV = out_NGRCV.unflatten(2, (groups, block_tokens)).permute(0, 3, 1, 2, 4)
+    return out_NCHV.reshape(num_blocks * block_tokens, num_heads, -1)[: batch * num_tokens].unflatten(
+        0, (batch, num_tokens)
+    )
+
+
+def masked_softmax_attention(
+    q_NGMK: Tensor, k_NGLK: Tensor, v_NGLV: Tensor, bias_NTL: Tensor, sink_H: Tensor | None
+) -> Tensor:
+    """softmax(q k^T / sqrt(K) + bias) v, with M = R * T stacked query rows per key/value head.
+
+    The sink is one more key: its k and v are zero, its score is the learned scalar, so it adds exp(b) to the
+    denominator and nothing else. The softmax kernels accumulate in fp32 whatever the score dtype is.
+    Large batches run in slices so that the scores of one slice stay near the caches.
+    """
+    groups, rows = q_NGMK.shape[1:3]
+    per_group = rows // bias_NTL.shape[1]
+    sink_GM1 = None
+    if sink_H is not None:
+        k_NGLK, v_NGLV = (F.pad(x, (0, 0, 0, SINK_COLUMNS)) for x in (k_NGLK, v_NGLV))
+        sink_GM1 = (
+            sink_H.to(q_NGMK.dtype)
+            .view(groups, per_group, 1)
+            .expand(-1, -1, bias_NTL.shape[1])
+            .reshape(groups, rows, 1)
+        )
+    step = max(1, SLICE_SCORES // (groups * rows * bias_NTL.shape[-1]))
+    outputs = [
+        _softmax_slice(*(x[start : start + step] for x in (q_NGMK, k_NGLK, v_NGLV)), bias, sink_GM1, per_group)
+        for start, bias in _slices(bias_NTL, q_NGMK.shape[0], step)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _softmax_slice(
+    q_NGMK: Tensor, k_NGLK: Tensor, v_NGLV: Tensor, bias_NTL: Tensor, sink_GM1: Tensor | None, per_group: int
+) -> Tensor:
+    scale = q_NGMK.shape[-1] ** -0.5
+    products_NGRTL = (q_NGMK @ k_NGLK.transpose(-1, -2)).unflatten(2, (per_group, -1))
+    scores_NGML = torch.add(bias_NTL[:, None, None], products_NGRTL, alpha=scale).flatten(2, 3)
+    if sink_GM1 is not None:
+        scores_NGML[..., -SINK_COLUMNS].add_(sink_GM1[..., 0])
+    return scores_NGML.softmax(-1) @ v_NGLV
+
+
+def _slices(bias_NTL: Tensor, batch: int, step: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, batch, step):
+        yield start, bias_NTL if bias_NTL.shape[0] == 1 else bias_NTL[start : start + step]
+
+
+def _fused_causal(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, groups: int) -> Tensor:
+    """PyTorch's fused attention, which wants equal QK and V dims: zero columns change nothing that is kept."""
+    value_dim, width = v_BGSV.shape[-1], max(q_BHTK.shape[-1], v_BGSV.shape[-1])
+    scale = q_BHTK.shape[-1] ** -0.5
+    k_BHSK, v_BHSV = k_BGSK.repeat_interleave(groups, dim=1), v_BGSV.repeat_interleave(groups, dim=1)
+    q_BHTK, k_BHSK, v_BHSV = (
+        F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BHTK, k_BHSK, v_BHSV)
+    )
+    out_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
+    return out_BHTV[..., :value_dim]
 
 
 def window_bias(document_ids_BT: Tensor, window_keys: int, dtype: torch.dtype) -> tuple[Tensor, int]:
@@ -172,6 +226,11 @@ def causal_bias(document_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return _additive(visible_BTT, dtype)
 
 
+def with_sink_columns(bias: Tensor) -> Tensor:
+    """Append the sink's column (visible) and its padding (masked) to an additive mask."""
+    return F.pad(F.pad(bias, (0, 1)), (0, SINK_COLUMNS - 1), value=float("-inf"))
+
+
 def make_plans(
     config: ModelConfig, position_ids_BT: Tensor, document_ids_BT: Tensor | None, dtype: torch.dtype
 ) -> dict[AttentionKind, AttentionPlan]:
@@ -185,11 +244,13 @@ def make_plans(
         cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
         if kind is AttentionKind.GLOBAL:
             bias = None if document_ids_BT is None else causal_bias(document_ids_BT, dtype)
+            bias = with_sink_columns(bias) if bias is not None and geometry.sink else bias
             plans[kind] = AttentionPlan(kind, cos, sin, bias)
         else:
             assert geometry.window_keys is not None
             ids = torch.zeros_like(position_ids_BT) if document_ids_BT is None else document_ids_BT
             bias, block = window_bias(ids, geometry.window_keys, dtype)
+            bias = with_sink_columns(bias) if geometry.sink else bias
             plans[kind] = AttentionPlan(kind, cos, sin, bias, block_tokens=block)
     return plans
 
@@ -207,7 +268,8 @@ def make_cached_plans(
         visible_BTS = (distance_BTS >= 0) & (key_positions_BS[:, None, :] >= 0)
         if geometry.window_keys is not None:
             visible_BTS &= distance_BTS < geometry.window_keys
-        plans[kind] = AttentionPlan(kind, cos, sin, _additive(visible_BTS, dtype), cached=True)
+        bias = _additive(visible_BTS, dtype)
+        plans[kind] = AttentionPlan(kind, cos, sin, with_sink_columns(bias) if geometry.sink else bias, cached=True)
     return plans
 
 
