@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from openmimo.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -47,16 +50,19 @@ def find_files(paths: Sequence[str | Path], *, text_suffixes: Sequence[str] = TE
             files = _stdlib_files()
         elif path.is_dir():
             files = _walk(path, suffixes=(*text_suffixes, *RECORD_SUFFIXES))
-        elif path.exists():
+        elif path.is_file():
             files = [(path, path.name)]
         else:
-            raise DataError(f"{path} does not exist; name a file, a folder or '{PYTHON_STDLIB}'")
+            raise DataError(f"{path} is no file and no folder; name a file, a folder or '{PYTHON_STDLIB}'")
         if not files:
             suffixes = ", ".join((*text_suffixes, *RECORD_SUFFIXES))
             raise DataError(f"{path} has no file with a suffix of {suffixes}; add files or pass `text_suffixes`")
         for file, name in files:
             found.setdefault(file.resolve(), name)
-    corpus = [CorpusFile(path, name, path.stat().st_size) for path, name in found.items()]
+    try:
+        corpus = [CorpusFile(path, name, path.stat().st_size) for path, name in found.items()]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; correct or remove it") from error
     return sorted(corpus, key=lambda file: (file.name, str(file.path)))
 
 
@@ -66,14 +72,15 @@ def fingerprint(files: Sequence[CorpusFile]) -> str:
     return hashlib.blake2b(listing.encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
-def shuffled(files: Sequence[CorpusFile], *, seed: int, epoch: int) -> list[int]:
-    """Indices of the files in the order of one epoch: sorted by a hash, hence equal on every machine."""
-
-    def key(index: int) -> bytes:
-        text = f"{seed}\t{epoch}\t{index}\t{files[index].name}"
-        return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
-
-    return sorted(range(len(files)), key=key)
+def shuffled(count: int, *key: int | str) -> npt.NDArray[np.int64]:
+    """The numbers below `count` in an order that the key decides, equal on every machine and numpy release."""
+    text = "\t".join(map(str, key)).encode(errors="surrogateescape")
+    offset = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+    # Sorted by the splitmix64 hash, which maps 64-bit numbers one to one, so there are no ties.
+    hashes = (np.arange(count, dtype=np.uint64) + np.uint64(offset)) * np.uint64(0x9E3779B97F4A7C15)
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(hashes ^ (hashes >> np.uint64(31)), kind="stable")
 
 
 def _walk(folder: Path, *, suffixes: Sequence[str], skipped: frozenset[str] = frozenset()) -> list[tuple[Path, str]]:

@@ -25,7 +25,7 @@ class Mixture:
             raise DataError(
                 f"a mixture got {len(sources)} sources and {len(weights)} weights, expected one weight per source"
             )
-        total = math.fsum(weights)
+        total = sum(weights)
         if not all(0 <= weight < math.inf for weight in weights) or not 0 < total < math.inf:
             raise DataError(f"mixture weights {list(weights)} must be finite, at least 0, and one of them above 0")
         self._sources = tuple(sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +101,21 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class _Encoded:
+    """A record's tokens; `cut` says whether it may become several documents."""
+
     document: Document
+    cut: bool
     next_position: int | None
 
 
 class TextSource:
-    """Text files, in a new order every epoch, cut into documents of at most `max_document_tokens`.
+    """Text files, in a new order every epoch, and the lines of a `.jsonl` file likewise.
 
-    Every token comes out exactly once per epoch. `END_OF_TEXT` closes each plain text file and each `text` record;
-    `messages` records are rendered with `template`. With `assistant_only` just the assistant's tokens of such records
-    are targets. A file is tokenised block by block, so memory does not grow with it; tokens are kept for later epochs
-    until `cache_tokens` of them are held. `on_bad="skip"` leaves out unreadable lines and counts them in `num_skipped`
-    each time they are met.
+    Every token comes out exactly once per epoch. `END_OF_TEXT` closes each plain text file and each `text` record,
+    which are cut into documents of at most `max_document_tokens`. `messages` records are rendered with `template` and
+    kept whole; with `assistant_only` just the assistant's tokens of them are targets. A plain text file is tokenised
+    block by block, so memory does not grow with it; tokens are kept for later epochs until `cache_tokens` of them are
+    held. `on_bad="skip"` leaves out unreadable lines and counts them in `num_skipped` each time they are met.
 
     Raises: DataError for missing paths, and from `next_document` for unreadable files and lines.
     """
@@ -143,6 +147,7 @@ class TextSource:
         self._on_bad = on_bad
         self._cache: dict[tuple[int, int], _Encoded] = {}
         self._cache_room = cache_tokens
+        self._num_records: dict[int, int | None] = {}
         self._open: tuple[int, RecordFile] | None = None
         self._current: tuple[tuple[int, int], _Encoded] | None = None
         self._epoch_is_empty = True
@@ -153,8 +158,8 @@ class TextSource:
         while True:
             record = self._record()
             if self._token < len(record.document):
-                start = self._token
-                self._token = min(start + self._max_document_tokens, len(record.document))
+                start, stop = self._token, len(record.document)
+                self._token = min(start + self._max_document_tokens, stop) if record.cut else stop
                 self._epoch_is_empty = False
                 return record.document.part(start, self._token)
             self._token = 0
@@ -164,7 +169,7 @@ class TextSource:
                 self._next_file()
 
     def state(self) -> State:
-        """Epoch, turn within its order of files, position in the file, token within the record."""
+        """Epoch, turn within its order of files, turn within the lines or position in the file, token in the record."""
         return {
             "epoch": self._epoch,
             "turn": self._turn,
@@ -204,7 +209,8 @@ class TextSource:
 
     def _go_to(self, *, epoch: int, turn: int, position: int, token: int) -> None:
         self._epoch, self._turn, self._position, self._token = epoch, turn, position, token
-        self._order = shuffled(self._files, seed=self._seed, epoch=epoch)
+        self._order: npt.NDArray[np.int64] = shuffled(len(self._files), self._seed, epoch)
+        self._lines: tuple[int, npt.NDArray[np.int64] | None] | None = None
 
     def _next_file(self) -> None:
         if self._turn + 1 < len(self._files):
@@ -218,27 +224,48 @@ class TextSource:
 
     def _record(self) -> _Encoded:
         """The tokens of the record at the position: the one at hand, a kept one, or a fresh one."""
-        key = (self._order[self._turn], self._position)
-        if self._current is not None and self._current[0] == key:
-            return self._current[1]
-        encoded = self._cache.get(key)
-        if encoded is None:
-            encoded = self._encode(self._read(*key))
-            # What is kept stays: replacing the oldest would never hit, as files come round in turn.
-            if len(encoded.document) <= self._cache_room:
-                self._cache[key] = encoded
-                self._cache_room -= len(encoded.document)
-        self._current = (key, encoded)
+        file_index = int(self._order[self._turn])
+        lines = self._line_order(file_index)
+        place, following = self._position, None
+        if lines is not None and self._position < len(lines):
+            place = int(lines[self._position])
+            following = self._position + 1 if self._position + 1 < len(lines) else None
+        key = (file_index, place)
+        if self._current is None or self._current[0] != key:
+            self._current = (key, self._cached(key))
+        encoded = self._current[1]
+        return encoded if lines is None else dataclasses.replace(encoded, next_position=following)
+
+    def _line_order(self, file_index: int) -> npt.NDArray[np.int64] | None:
+        """The order of the records of a file that can be read in any order, or None."""
+        if self._lines is None or self._lines[0] != file_index:
+            if file_index not in self._num_records:
+                self._num_records[file_index] = self._opened(file_index).num_records
+            count = self._num_records[file_index]
+            order = None if count is None else shuffled(count, self._seed, self._epoch, self._files[file_index].name)
+            self._lines = (file_index, order)
+        return self._lines[1]
+
+    def _cached(self, key: tuple[int, int]) -> _Encoded:
+        if key in self._cache:
+            return self._cache[key]
+        file_index, place = key
+        skipped = self.num_skipped
+        record = self._opened(file_index).read(place)
+        if record.problem:
+            self._refuse(record.problem, record.bad_position, num_bad=record.num_bad)
+        encoded = self._encode(record, place)
+        # What is kept stays: replacing the oldest would never hit, as files come round in turn.
+        if len(encoded.document) <= self._cache_room and self.num_skipped == skipped:
+            self._cache[key] = encoded
+            self._cache_room -= len(encoded.document)
         return encoded
 
-    def _read(self, file_index: int, position: int) -> Record:
+    def _opened(self, file_index: int) -> RecordFile:
         if self._open is None or self._open[0] != file_index:
             self.close()
             self._open = (file_index, open_records(self._files[file_index].path))
-        record = self._open[1].read(position)
-        if record.problem:
-            self._refuse(record.problem, record.bad_position, num_bad=record.num_bad)
-        return record
+        return self._open[1]
 
     def _refuse(self, problem: str, position: int, *, num_bad: int, cause: Exception | None = None) -> None:
         self.num_skipped += num_bad
@@ -246,24 +273,25 @@ class TextSource:
             where = self._open[1].where(position)
             raise DataError(f'{where}: {problem}; correct it or pass on_bad="skip"') from cause
 
-    def _encode(self, record: Record) -> _Encoded:
+    def _encode(self, record: Record, place: int) -> _Encoded:
         ids: list[int] = []
         mask: list[bool] | None = None
         if record.messages is not None:
-            ids, mask = self._render(record.messages)
+            ids, mask = self._render(record.messages, place)
         elif record.text is not None:
             ids = self._tokenizer.encode(record.text)
             if record.ends_document:
-                ids = [*ids, self._tokenizer.special(END_OF_TEXT)]
-        return _Encoded(_document(ids, mask if self._assistant_only else None, self.name), record.next_position)
+                ids.append(self._tokenizer.special(END_OF_TEXT))
+        document = _document(ids, mask if self._assistant_only else None, self.name)
+        return _Encoded(document, record.messages is None, record.next_position)
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    def _render(self, messages: list[dict[str, Any]], place: int) -> tuple[list[int], list[bool]]:
         if self._template is None:
             raise DataError(f"{self.name} has `messages` but no chat template was given; pass `template`")
         try:
             return self._template.render_training(messages)
         except TextError as error:
-            self._refuse(f"messages cannot be rendered ({error})", self._position, num_bad=1, cause=error)
+            self._refuse(f"messages cannot be rendered ({error})", place, num_bad=1, cause=error)
             return [], []
 
 
