@@ -1,0 +1,18 @@
+"""Inference: greedy decoding with MTP drafts, plain sampling, one batch API for chat, evals and rollouts."""
+
+from openmimo.engine.engine import Engine, resolve_model_folder
+from openmimo.engine.request import Completion, DraftStats, Request, SamplingParams, StreamEvent
+from openmimo.engine.runner import Runner, RunningBatch, TorchRunner
+
+__all__ = [
+    "Completion",
+    "DraftStats",
+    "Engine",
+    "Request",
+    "Runner",
+    "RunningBatch",
+    "SamplingParams",
+    "StreamEvent",
+    "TorchRunner",
+    "resolve_model_folder",
+]
