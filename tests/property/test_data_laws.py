@@ -152,12 +152,16 @@ def test_resume_at_any_batch_is_bit_identical(
 )
 def test_mixture_stays_within_one_document_of_its_quotas(sources: list[tuple[list[int], int]]) -> None:
     """Catches counting documents for tokens, and weights that are not normalised."""
-    mixture = Mixture([LengthSource("s", lengths) for lengths, _ in sources], [weight for _, weight in sources])
+    mixture = Mixture(
+        [LengthSource(str(number), lengths) for number, (lengths, _) in enumerate(sources)],
+        [weight for _, weight in sources],
+    )
     shares = [weight / sum(weight for _, weight in sources) for _, weight in sources]
     longest = max(max(lengths) for lengths, weight in sources if weight)
+    counts = [0] * len(sources)
     for _ in range(200):
-        mixture.next_document()
-        counts = [tokens for _, tokens in mixture.tokens_by_source]
+        document = mixture.next_document()
+        counts[int(document.source)] += len(document)
         for count, share, (lengths, _) in zip(counts, shares, sources, strict=True):
             assert count - share * sum(counts) <= max(lengths)
             assert count - share * sum(counts) >= -longest * (len(sources) - 1)
