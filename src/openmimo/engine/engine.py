@@ -5,6 +5,7 @@ Suffixes: B rows, T tokens of a step, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,13 @@ class Engine:
                 drafted=tuple(place if place < emission.num_drafted else None for place in range(len(tokens))),
                 completion=None if sequence.finish_reason is None else sequence.complete(self.tokenizer),
             )
+
+    def with_drafts(self, draft_heads: int | str, *, uniform_steps: bool | None = None) -> Engine:
+        """The same model and options, drafting with another number of heads; shares the weights."""
+        other = copy.copy(self)
+        other.draft_heads = _checked_heads(draft_heads, self.config.num_mtp_heads)
+        other.uniform_steps = self.uniform_steps if uniform_steps is None else uniform_steps
+        return other
 
     def _request(self, prompt: Prompt, params: SamplingParams, index: int) -> Request:
         if isinstance(prompt, str):

@@ -109,8 +109,8 @@ class TorchBatch:
 
     @torch.inference_mode()
     def verify(self, window_BT: Tensor) -> Tensor:
-        self._output = self.model(window_BT, cache=self.cache)
-        return self._output.logits
+        self._output = output = self.model(window_BT, cache=self.cache)
+        return output.logits
 
     @torch.inference_mode()
     def commit(self, num_tokens_B: Tensor) -> None:
