@@ -118,10 +118,10 @@ def assert_equal(left: Batch, right: Batch) -> None:
     mode=st.sampled_from(["split", "whole"]),
     prefetch=st.integers(1, 4),
     cut=st.integers(0, 11),
-    cache_tokens=st.sampled_from([0, 30, 10_000]),
+    cache_bytes=st.sampled_from([0, 3_000, 1 << 20]),
 )
 def test_resume_at_any_batch_is_bit_identical(
-    contents: list[str], lengths: list[int], mode: str, prefetch: int, cut: int, cache_tokens: int
+    contents: list[str], lengths: list[int], mode: str, prefetch: int, cut: int, cache_bytes: int
 ) -> None:
     """Catches whatever a cursor forgets: prefetched batches, leftovers, cut files, the mixture's counts."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
@@ -129,9 +129,7 @@ def test_resume_at_any_batch_is_bit_identical(
         write_corpus(Path(name), contents)
 
         def loader(cursor: Mapping[str, Any] | None, depth: int) -> BatchLoader:
-            text = TextSource(
-                [name], seed=1, tokenizer=CharTokenizer(), max_document_tokens=9, cache_tokens=cache_tokens
-            )
+            text = TextSource([name], seed=1, tokenizer=CharTokenizer(), max_document_tokens=9, cache_bytes=cache_bytes)
             packer = Packer(24, 2, mode=mode, waiting_documents=5)
             return BatchLoader(
                 Mixture([text, LengthSource("lengths", lengths)], [1, 2]), packer, cursor=cursor, prefetch=depth

@@ -37,7 +37,7 @@ class TrainingTemplate(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A run of tokens that attends to nothing outside itself.
 
@@ -50,6 +50,11 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the two arrays."""
+        return self.token_ids.nbytes + self.loss_mask.nbytes
 
     def part(self, start: int, stop: int) -> Document:
         """Tokens `start` to `stop` as a document of their own (a view, no copy)."""

@@ -18,6 +18,8 @@ from openmimo.data.readers import Record, RecordFile, open_records
 from openmimo.errors import DataError, TextError
 
 END_OF_TEXT = "<|endoftext|>"
+CACHE_ENTRY_BYTES = 600
+"""What a kept record costs beside its tokens: objects, key and table slot, measured on short lines."""
 
 
 class Source(Protocol):
@@ -99,7 +101,7 @@ class TaskSource:
         """Nothing to release."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Encoded:
     """A record's tokens; `cut` says whether it may become several documents."""
 
@@ -114,8 +116,8 @@ class TextSource:
     Every token comes out exactly once per epoch. `END_OF_TEXT` closes each plain text file and each `text` record,
     which are cut into documents of at most `max_document_tokens`. `messages` records are rendered with `template` and
     kept whole; with `assistant_only` just the assistant's tokens of them are targets. A plain text file is tokenised
-    block by block, so memory does not grow with it; tokens are kept for later epochs until `cache_tokens` of them are
-    held. `on_bad="skip"` leaves out unreadable lines and counts them in `num_skipped` each time they are met.
+    block by block, so memory does not grow with it; tokens are kept for later epochs within `cache_bytes`.
+    `on_bad="skip"` leaves out unreadable lines and counts them in `num_skipped` each time they are met.
 
     Raises: DataError for missing paths, and from `next_document` for unreadable files and lines.
     """
@@ -131,7 +133,7 @@ class TextSource:
         max_document_tokens: int = 8192,
         text_suffixes: Sequence[str] = TEXT_SUFFIXES,
         on_bad: Literal["error", "skip"] = "error",
-        cache_tokens: int = 1 << 24,
+        cache_bytes: int = 1 << 27,
     ) -> None:
         if max_document_tokens < 2:
             raise DataError(f"max_document_tokens={max_document_tokens} must be at least 2")
@@ -146,7 +148,7 @@ class TextSource:
         self._max_document_tokens = max_document_tokens
         self._on_bad = on_bad
         self._cache: dict[tuple[int, int], _Encoded] = {}
-        self._cache_room = cache_tokens
+        self._cache_room = cache_bytes
         self._num_records: dict[int, int | None] = {}
         self._open: tuple[int, RecordFile] | None = None
         self._current: tuple[tuple[int, int], _Encoded] | None = None
@@ -256,9 +258,10 @@ class TextSource:
             self._refuse(record.problem, record.bad_position, num_bad=record.num_bad)
         encoded = self._encode(record, place)
         # What is kept stays: replacing the oldest would never hit, as files come round in turn.
-        if len(encoded.document) <= self._cache_room and self.num_skipped == skipped:
+        num_bytes = CACHE_ENTRY_BYTES + encoded.document.num_bytes
+        if num_bytes <= self._cache_room and self.num_skipped == skipped:
             self._cache[key] = encoded
-            self._cache_room -= len(encoded.document)
+            self._cache_room -= num_bytes
         return encoded
 
     def _opened(self, file_index: int) -> RecordFile:

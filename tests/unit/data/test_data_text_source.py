@@ -17,6 +17,7 @@ from data_fakes import ASSISTANT, END, USER, ByteTokenizer, RoleTemplate
 from openmimo.data import Document, TextSource
 from openmimo.data import readers as readers_module
 from openmimo.data.files import find_files, shuffled
+from openmimo.data.sources import CACHE_ENTRY_BYTES
 from openmimo.errors import DataError
 
 
@@ -273,11 +274,11 @@ def test_named_file_is_taken_whatever_its_suffix_and_only_once(tmp_path: Path) -
 def test_cached_epochs_equal_uncached_ones(corpus: Path) -> None:
     (corpus / "l.jsonl").write_text("\n".join(json.dumps({"text": f"line {number}"}) for number in range(9)))
 
-    def documents(cache_tokens: int) -> list[list[int]]:
-        with closing(source_of(corpus, cache_tokens=cache_tokens)) as source:
+    def documents(cache_bytes: int) -> list[list[int]]:
+        with closing(source_of(corpus, cache_bytes=cache_bytes)) as source:
             return [source.next_document().token_ids.tolist() for _ in range(40)]
 
-    assert documents(0) == documents(60) == documents(1 << 20)
+    assert documents(0) == documents(3000) == documents(1 << 20)
 
 
 def test_cache_spares_reading_again_and_keeps_its_limit(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_cache_spares_reading_again_and_keeps_its_limit(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(f"nine byte{number}"[-9:])
 
-    def texts_of_later_epochs(cache_tokens: int) -> set[str]:
+    def texts_of_later_epochs(cache_bytes: int) -> set[str]:
         encoded: list[str] = []
 
         class Recording(ByteTokenizer):
@@ -293,14 +294,15 @@ def test_cache_spares_reading_again_and_keeps_its_limit(tmp_path: Path) -> None:
                 encoded.append(text)
                 return super().encode(text)
 
-        with closing(source_of(tmp_path, tokenizer=Recording(), cache_tokens=cache_tokens)) as source:
+        with closing(source_of(tmp_path, tokenizer=Recording(), cache_bytes=cache_bytes)) as source:
             [source.next_document() for _ in range(30)]
         assert len(set(encoded[:5])) == 5
         return set(encoded[5:])
 
+    entry = CACHE_ENTRY_BYTES + 10 * 5  # ten tokens of four bytes and a mask byte each
     assert len(texts_of_later_epochs(0)) == 5
-    assert len(texts_of_later_epochs(25)) == 3
-    assert len(texts_of_later_epochs(50)) == 0
+    assert len(texts_of_later_epochs(2 * entry + entry // 2)) == 3
+    assert len(texts_of_later_epochs(5 * entry)) == 0
 
 
 def test_changed_files_refuse_a_saved_state(corpus: Path) -> None:
