@@ -204,8 +204,8 @@ def window_bias(document_ids_BT: Tensor, window_keys: int, dtype: torch.dtype) -
     num_back = math.ceil((window_keys - 1) / block)
     device = document_ids_BT.device
     rows_B1 = torch.arange(batch, device=device)[:, None]
-    # Distinct id per (row, document); padding keeps its own so that every query sees at least itself.
-    flat = (document_ids_BT.to(torch.int64) + 1 + rows_B1 * (num_tokens + 1)).flatten()
+    # Distinct id per (row, document), however large; padding keeps its own so that every query sees at least itself.
+    flat = ((document_ids_BT.to(torch.int64) + 1) * batch + rows_B1).flatten()
     num_blocks = math.ceil(batch * num_tokens / block)
     flat = F.pad(flat, (num_back * block, num_blocks * block - batch * num_tokens), value=-1)
     ids = flat.unflatten(0, (num_blocks + num_back, block))
