@@ -27,8 +27,30 @@ class DenseMLP(nn.Module):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    """silu(gate) * up for the two halves of the last dim."""
+    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Saves only its input and writes both gradients into one tensor."""
+
+    @staticmethod
+    def forward(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(ctx.saved_tensors[0])
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_gate_up
 
 
 class Routing(NamedTuple):
@@ -74,7 +96,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All experts' SwiGLU weights, stacked; tokens are sorted by expert and each expert runs once.
 
-    No capacity limit and no loop over tokens: the sort is the dispatch, the inverse permutation the combine.
+    No capacity limit and no loop over tokens: the sort is the dispatch, its inverse the combine. Each expert's rows
+    start at a multiple of `ROW_MULTIPLE`, so that matrix products come in few sizes: libraries that generate code
+    per size (oneDNN) would otherwise spend more time on that than on the product, as loads change every step.
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
@@ -86,53 +110,66 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
         """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
         top_k = experts_Nk.shape[1]
-        experts_M = experts_Nk.flatten()
-        sorted_M, order_M = experts_M.sort(stable=True)
-        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
-        ends_E = torch.searchsorted(
-            sorted_M, torch.arange(self.num_experts, device=sorted_M.device), right=True, out_int32=True
-        )
-        x_MD = _Dispatch.apply(x_ND, order_M, place_M, top_k)
-        hidden_MF = swiglu(F.grouped_mm(x_MD, self.gate_up_proj.transpose(1, 2), offs=ends_E))
-        y_MD = F.grouped_mm(hidden_MF, self.down_proj.transpose(1, 2), offs=ends_E)
-        y_NkD = _Permute.apply(y_MD, place_M, order_M).unflatten(0, (-1, top_k))
+        place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, self.num_experts)
+        x_PD = _Dispatch.apply(x_ND, place_M, top_k, self.num_experts)
+        hidden_PF = swiglu(F.grouped_mm(x_PD, self.gate_up_proj.transpose(1, 2), offs=ends_E))
+        y_PD = F.grouped_mm(hidden_PF, self.down_proj.transpose(1, 2), offs=ends_E)
+        y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
         y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
-        return y_ND, torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+        return y_ND, tokens_per_expert_E
+
+
+# A group's first row is a multiple of this when there are enough rows for the padding to be small beside them.
+ROW_MULTIPLE = 64
+
+
+def expert_rows(experts_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each (token, choice) goes when rows are grouped by expert.
+
+    Shapes: -> place (M,), end of each expert's padded group (E,) int32, tokens per expert (E,).
+    """
+    experts_M = experts_Nk.flatten()
+    multiple = _row_multiple(experts_M.shape[0], num_experts)
+    sorted_M, order_M = experts_M.sort(stable=True)
+    experts_E = torch.arange(num_experts, device=experts_M.device)
+    ends_E = torch.searchsorted(sorted_M, experts_E, right=True)
+    tokens_per_expert_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    padded_ends_E = ((tokens_per_expert_E + multiple - 1) // multiple * multiple).cumsum(0)
+    # Shift of each group: where its padded rows end, less where its sorted rows end and its own padding.
+    shift_E = (
+        padded_ends_E - (tokens_per_expert_E + multiple - 1) // multiple * multiple - (ends_E - tokens_per_expert_E)
+    )
+    rows_M = torch.arange(order_M.shape[0], device=order_M.device) + shift_E[sorted_M]
+    place_M = torch.empty_like(order_M).scatter_(0, order_M, rows_M)
+    return place_M, padded_ends_E.to(torch.int32), tokens_per_expert_E
+
+
+def _row_multiple(num_rows: int, num_experts: int) -> int:
+    return ROW_MULTIPLE if num_rows >= 4 * ROW_MULTIPLE * num_experts else 1
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copy token rows into expert order; backward sums each token's copies by a gather, not a scatter."""
+    """Copy token rows into their places in expert order; rows between groups are zero.
+
+    Backward sums each token's copies with a gather.
+    """
 
     @staticmethod
-    def forward(x_ND: Tensor, order_M: Tensor, place_M: Tensor, top_k: int) -> Tensor:
-        return x_ND.index_select(0, order_M // top_k)
+    def forward(x_ND: Tensor, place_M: Tensor, top_k: int, num_experts: int) -> Tensor:
+        num_rows = place_M.shape[0]
+        padding = (_row_multiple(num_rows, num_experts) - 1) * num_experts
+        x_PD = x_ND.new_zeros(num_rows + padding, x_ND.shape[1])
+        return x_PD.index_copy_(0, place_M, x_ND.repeat_interleave(top_k, dim=0))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        _, _, place_M, ctx.top_k = inputs
+        _, place_M, ctx.top_k, _ = inputs
         ctx.save_for_backward(place_M)
 
     @staticmethod
-    def backward(ctx, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         (place_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Reorder rows by a permutation whose inverse is known, so that backward is a gather too."""
-
-    @staticmethod
-    def forward(x_MD: Tensor, index_M: Tensor, inverse_M: Tensor) -> Tensor:
-        return x_MD.index_select(0, index_M)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        (inverse_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, inverse_M), None, None
+        return grad_PD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
 
 class LayerRouting(NamedTuple):

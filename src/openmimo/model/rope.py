@@ -25,7 +25,27 @@ def rotate(x_BTHK: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
 
     The tables are cast to x's dtype before the products, as the published code does.
     """
-    half = cos_BT1R.shape[-1]
-    cos, sin = cos_BT1R.to(x_BTHK.dtype), sin_BT1R.to(x_BTHK.dtype)
-    first, second, rest = x_BTHK.split((half, half, x_BTHK.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    return _Rotate.apply(x_BTHK, cos_BT1R.to(x_BTHK.dtype), sin_BT1R.to(x_BTHK.dtype))  # type: ignore[no-any-return]
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation writes its result once; its gradient is the rotation by the negative angle."""
+
+    @staticmethod
+    def forward(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        first, second = x_BTHK[..., :half], x_BTHK[..., half : 2 * half]
+        out = torch.empty(x_BTHK.shape, dtype=x_BTHK.dtype, device=x_BTHK.device)
+        out[..., :half] = first * cos - second * sin
+        out[..., half : 2 * half] = second * cos + first * sin
+        out[..., 2 * half :] = x_BTHK[..., 2 * half :]
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad_BTHK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad_BTHK, cos, -sin), None, None

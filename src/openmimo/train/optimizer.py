@@ -1,0 +1,92 @@
+"""AdamW on fp32 master weights, with the model itself in the compute dtype.
+
+The model is cast once per step, when the new weights are written back, not in every layer of every forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """AdamW whose weights and moments are fp32 copies of the model's parameters.
+
+    Matrices are decayed; norms and sinks are not. `step` clips the gradient's global norm first and refuses to
+    touch anything when it is not finite.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        grad_clip: float = 1.0,
+    ) -> None:
+        named = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        self.masters = [p.detach().float().clone().requires_grad_() for p in self.parameters]
+        self.grad_clip = grad_clip
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        decayed = [m for m in self.masters if m.ndim >= 2]
+        plain = [m for m in self.masters if m.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """One update; returns the gradient norm before clipping. Does nothing when that norm is not finite."""
+        present = [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
+        absent = [m for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is None]
+        grads = [m.grad for m, _ in present if m.grad is not None]
+        torch._foreach_copy_(grads, [p.grad for _, p in present if p.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if not bool(torch.isfinite(norm)):
+            return float(norm)
+        scale = self.grad_clip / (float(norm) + 1e-6)
+        if scale < 1.0:
+            torch._foreach_mul_(grads, scale)
+        saved = [m.grad for m in absent]
+        for master in absent:
+            master.grad = None
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        for master, grad in zip(absent, saved, strict=True):
+            master.grad = grad
+        torch._foreach_copy_([p for _, p in present], [m for m, _ in present])
+        return float(norm)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by parameter name, for a checkpoint."""
+        tensors: dict[str, Tensor] = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            tensors[f"master.{name}"] = master.detach()
+            for key, value in self.adamw.state.get(master, {}).items():
+                tensors[f"adamw.{key}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave, and the model's parameters from the masters."""
+        for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
+            master.copy_(tensors[f"master.{name}"])
+            parameter.copy_(master)
+            suffix = f".{name}"
+            state = {
+                key[len("adamw.") : -len(suffix)]: value.clone()
+                for key, value in tensors.items()
+                if key.startswith("adamw.") and key.endswith(suffix) and "." not in key[len("adamw.") : -len(suffix)]
+            }
+            if state:
+                self.adamw.state[master] = state
