@@ -1,4 +1,4 @@
-"""A slow float64 twin of the architecture: numpy, one query, head and key at a time; it shares no code with the package.
+"""A slow float64 twin of the architecture in numpy, one query, head and key at a time; it shares no code with src.
 
 Also small configurations, and weights in which every parameter matters.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig, MoEConfig
 from openmimo.model import MiMoModel
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from model_oracle import GLOBAL, SLIDING, Oracle, geometry, random_model, random_tokens, small_config
+
 from openmimo.config.model import ModelConfig, MoEConfig
 from openmimo.model import replicate_mtp_head
 
