@@ -1,7 +1,7 @@
 """Logits against transformers' `MiMoV2FlashForCausalLM`, and proof that the comparison sees the known mistakes.
 
 Their `sliding_window` counts the query's own key (a key is visible when `key > query - sliding_window`), as
-`window_keys` does, so the two numbers are equal.
+`window_keys` does, so the two numbers are equal. A window of one key is left out: their cache then keeps every key.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shape:
 
 SHAPES = {
     "odd groups": Shape(6, 1, 16, 12, 7, 2, "gssg", "dmmm"),
-    "five heads per group, one key": Shape(10, 1, 12, 8, 1, 1, "gss", "dmm", normalize=False, scaling=2.0),
+    "five heads per group, two keys": Shape(10, 1, 12, 8, 2, 1, "gss", "dmm", normalize=False, scaling=2.0),
     "values wider": Shape(4, 2, 8, 20, 8, 3, "sgs", "mdm", scaling=0.5),
     "long window": Shape(12, 2, 24, 16, 129, 2, "gsssg", "dmmmm"),
     "dense only": Shape(6, 3, 20, 20, 9, 1, "gss", "ddd"),
