@@ -35,9 +35,10 @@ def sample(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor) -> tupl
         before_BV = probs_BV.cumsum(-1) - probs_BV
         logits_BV = logits_BV.masked_fill(before_BV >= params.top_p, float("-inf"))
     cumulative_BV = logits_BV.softmax(-1).cumsum(-1)
-    target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
-    # `right` skips tokens of probability 0, whose cumulative value equals their predecessor's.
-    picked_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=cumulative_BV.shape[-1] - 1)
+    total_B1 = cumulative_BV[:, -1:]
+    # `right` and a target below the total skip tokens of probability 0, whose value equals their predecessor's.
+    target_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    picked_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
     logprobs_B = logits_BV.log_softmax(-1).gather(-1, picked_B1)[:, 0]
     tokens_B = picked_B1[:, 0] if order_BV is None else order_BV.gather(-1, picked_B1)[:, 0]
     return tokens_B, logprobs_B

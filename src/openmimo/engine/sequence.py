@@ -11,8 +11,9 @@ import torch
 
 from openmimo.engine.request import Completion, DraftStats, Request
 
-UTF8_MOST_BYTES = 4
 INCOMPLETE = "\ufffd"
+# Bytes that never become a character (a model gone astray) are shown after this many tokens.
+MOST_PENDING = 32
 
 
 class TextCodec(Protocol):
@@ -103,7 +104,7 @@ class Detokenizer:
             return ""
         self.pending.append(token)
         text = self.codec.decode(self.pending)
-        if text.endswith(INCOMPLETE) and len(self.pending) < UTF8_MOST_BYTES:
+        if text.endswith(INCOMPLETE) and len(self.pending) < MOST_PENDING:
             return ""
         self.pending.clear()
         return text

@@ -37,8 +37,8 @@ def count_kept(window_BT: Tensor, choices_BT: Tensor, num_drafts: int) -> Tensor
 class Drafter:
     """The recent hidden states and tokens of a batch, and the head passes over them.
 
-    `hidden_BWD` holds the last W committed positions, `tokens_BW` the tokens at those positions; both are zero where
-    a row is shorter. A zero row gives finite keys at negative positions, which no query can see.
+    `hidden_BWD` holds the last W committed positions, `tokens_BW` the tokens at those positions. In a shorter row the
+    first places stand for negative positions: what they hold is finite, and no query sees their keys.
     """
 
     def __init__(self, model: MiMoModel, *, num_drafts: int, batch_size: int) -> None:
@@ -57,8 +57,6 @@ class Drafter:
         for head in range(self.num_drafts):
             next_ids_BT = tokens_BT.roll(-(head + 1), dims=1)
             self.model.mtp_forward(head, output.hidden_BTD, next_ids_BT, plan, cache)
-        self.hidden_BWD[row].zero_()
-        self.tokens_BW[row].zero_()
         self.hidden_BWD[row, -keep:] = output.hidden_BTD[0, -keep:]
         self.tokens_BW[row, -keep:] = tokens_BT[0, -keep:]
 

@@ -67,9 +67,7 @@ def measure_draft_speed(
     )
 
 
-def _decode_speed(
-    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams
-) -> tuple[float, list[Completion]]:
+def _decode_speed(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[float, list[Completion]]:
     """Tokens per second after each prompt's first token."""
     started = time.perf_counter()
     engine.generate(prompts, SamplingParams(max_tokens=1))
