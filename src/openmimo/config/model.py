@@ -9,8 +9,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from openmimo.errors import ConfigError, nearest
+
+# Upper limits that only a damaged file exceeds: sizes fit 32-bit indices, numbers fit fp32.
+MAX_SIZE = 2**31 - 1
+MAX_NUMBER = 3e38
 
 
 class AttentionKind(str, Enum):
@@ -44,8 +49,7 @@ class AttentionConfig:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; change one of them"
             )
-        if not self.rope_theta > 0:
-            raise ConfigError(f"rope_theta={self.rope_theta} must be above 0")
+        _finite("rope_theta", self.rope_theta, above_zero=True)
         if self.window_keys is not None:
             _positive("window_keys", self.window_keys)
 
@@ -71,6 +75,7 @@ class MoEConfig:
             raise ConfigError(
                 f"num_experts_per_token={self.num_experts_per_token} exceeds num_experts={self.num_experts}"
             )
+        _finite("routed_scaling", self.routed_scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +122,17 @@ class ModelConfig:
             raise ConfigError("global_attention.window_keys must be None; use a sliding layer for a window")
         if self.sliding_attention.window_keys is None:
             raise ConfigError("sliding_attention.window_keys is None; give the number of visible keys")
-        if self.num_mtp_heads < 0:
-            raise ConfigError(f"num_mtp_heads={self.num_mtp_heads} must be 0 or more")
+        _positive("num_mtp_heads", self.num_mtp_heads, low=0)
+        _finite("rope_fraction", self.rope_fraction)
+        _finite("value_scale", self.value_scale)
         for kind in AttentionKind:
             rotary = self.rotary_dim(kind)
-            if not 0 <= rotary <= self.attention(kind).qk_head_dim:
+            if self.rope_fraction < 0 or rotary > self.attention(kind).qk_head_dim:
                 raise ConfigError(
                     f"rope_fraction={self.rope_fraction} gives {rotary} rotary dims of {kind.value} heads"
                 )
-        for name, low in (("norm_eps", 0.0), ("init_std", 0.0)):
-            if not getattr(self, name) > low:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above {low}")
+        for name in ("norm_eps", "init_std"):
+            _finite(name, getattr(self, name), above_zero=True)
         for token in (*self.eos_token_ids, self.pad_token_id, self.bos_token_id):
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
@@ -148,6 +153,13 @@ class ModelConfig:
         dim = int(self.attention(kind).qk_head_dim * self.rope_fraction)
         return dim - dim % 2
 
+    @classmethod
+    def from_pretrained(cls, preset_or_folder: str | Path) -> ModelConfig:
+        """The configuration of a preset or of a checkpoint folder in either layout. Raises: ConfigError."""
+        from openmimo.config.io import read_model_config  # io reads files into this class
+
+        return read_model_config(preset_or_folder)
+
     def replace(self, **changes: object) -> ModelConfig:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -167,9 +179,28 @@ def preset(name: str) -> ModelConfig:
     return _PRESETS[name]
 
 
-def _positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+def _positive(name: str, value: object, *, low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= MAX_SIZE:
+        raise ConfigError(f"{name}={_short(value)} must be a whole number of at least {low} and at most {MAX_SIZE}")
+
+
+def _finite(name: str, value: object, *, above_zero: bool = False) -> None:
+    # `not <=`, because nan compares false with everything.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, float | int)
+        or not abs(value) <= MAX_NUMBER
+        or (above_zero and value <= 0)
+    ):
+        expected = "a finite number above 0" if above_zero else "a finite number"
+        raise ConfigError(f"{name}={_short(value)} must be {expected}")
+
+
+def _short(value: object) -> str:
+    # Very long integers cannot be turned into text.
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a very long number"
+    return repr(value)
 
 
 def _hybrid(
