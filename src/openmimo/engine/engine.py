@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Engine:
                 done[emission.sequence.request.index] = emission.sequence.complete(self.tokenizer)
         return [done[i] for i in range(len(requests))]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent]:
         """Continue one prompt and hand out the tokens of every step as they come; closing the iterator stops it."""
         text = Detokenizer(self.tokenizer)
         for emission in self._decode([self._request(prompt, params or SamplingParams(), 0)]):

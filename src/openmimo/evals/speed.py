@@ -39,10 +39,13 @@ def measure_draft_speed(
 
     Plain decoding is the fastest this engine has: one token row per step, no MTP heads. Because its steps are
     narrower, rounding may resolve a near tie differently; `identical` says whether that happened.
-    Raises: RequestError if the engine drafts with no heads.
+    Raises: RequestError if the engine drafts with no heads, or there is nothing to measure.
     """
-    if engine.draft_heads == 0 or num_rounds < 1:
-        raise RequestError("a speed comparison needs an engine with draft heads and at least one round")
+    if engine.draft_heads == 0 or num_rounds < 1 or max_tokens < 2 or not prompts:
+        raise RequestError(
+            f"draft_heads={engine.draft_heads}, num_rounds={num_rounds}, max_tokens={max_tokens}, {len(prompts)} prompts: "
+            "a speed comparison needs at least 1, 1, 2 and 1"
+        )
     plain = engine.with_drafts(0, uniform_steps=False)
     params = SamplingParams(max_tokens=max_tokens)
     plain_speeds: list[float] = []
