@@ -86,7 +86,7 @@ class MiMoModel(nn.Module):
         the caller commits them afterwards. `routed_experts_BTLk` replays given experts in every sparse layer.
         Raises: ShapeError on inputs that do not fit.
         """
-        self._check(input_ids_BT, document_ids_BT, cache, routed_experts_BTLk)
+        self._check(input_ids_BT, position_ids_BT, document_ids_BT, cache, routed_experts_BTLk)
         plans, position_ids_BT = self._plans(input_ids_BT, position_ids_BT, document_ids_BT, cache)
         x_BTD = self.embed_tokens(input_ids_BT)
         routing: list[LayerRouting] = []
@@ -124,7 +124,12 @@ class MiMoModel(nn.Module):
         return make_plans(self.config, position_ids_BT, document_ids_BT, dtype), position_ids_BT
 
     def _check(
-        self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: Cache | None, replay_BTLk: Tensor | None
+        self,
+        ids_BT: Tensor,
+        position_ids_BT: Tensor | None,
+        document_ids_BT: Tensor | None,
+        cache: Cache | None,
+        replay_BTLk: Tensor | None,
     ) -> None:
         if ids_BT.ndim != 2 or ids_BT.shape[1] == 0:
             raise ShapeError(
@@ -133,6 +138,11 @@ class MiMoModel(nn.Module):
         if document_ids_BT is not None and document_ids_BT.shape != ids_BT.shape:
             raise ShapeError(
                 f"document_ids {tuple(document_ids_BT.shape)} must have the shape of input_ids {tuple(ids_BT.shape)}"
+            )
+        if position_ids_BT is not None and (cache is not None or position_ids_BT.shape != ids_BT.shape):
+            raise ShapeError(
+                f"position_ids has shape {tuple(position_ids_BT.shape)}; expected {tuple(ids_BT.shape)}, "
+                "and none with a cache, which counts positions itself"
             )
         if cache is not None and (document_ids_BT is not None or cache.batch_size != ids_BT.shape[0]):
             raise ShapeError(
@@ -159,10 +169,11 @@ def build_model(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torc
 
 
 def cast_model(model: MiMoModel, dtype: torch.dtype) -> MiMoModel:
-    """Change the dtype of all weights but the routers', which stay fp32."""
-    model.to(dtype)
-    for router in model.routers():
-        router.float()
+    """Change the dtype of all weights but the routers', which keep every bit of their fp32."""
+    for module in model.modules():
+        if not isinstance(module, Router):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(dtype)
     return model
 
 
