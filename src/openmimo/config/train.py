@@ -44,8 +44,12 @@ class Schedule(StrEnum):
 
 
 class Precision(StrEnum):
-    """Number format of the forward and backward pass; master weights are fp32 either way."""
+    """Number format of the forward and backward pass; master weights are fp32 either way.
 
+    `auto` is bf16 where the processor multiplies it in hardware, fp32 elsewhere.
+    """
+
+    AUTO = "auto"
     BF16 = "bf16"
     FP32 = "fp32"
 
@@ -229,7 +233,7 @@ class TrainRecipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
-    precision: Precision = Precision.BF16
+    precision: Precision = Precision.AUTO
     compile: bool = False
     threads: int = 0
 

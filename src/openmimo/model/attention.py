@@ -7,7 +7,6 @@ C tokens per block of the windowed form, N number of blocks, L keys that one blo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -157,10 +156,11 @@ def masked_softmax_attention(
             .reshape(groups, rows, 1)
         )
     step = max(1, SLICE_SCORES // (groups * rows * bias_NTL.shape[-1]))
-    outputs = [
-        _softmax_slice(*(x[start : start + step] for x in (q_NGMK, k_NGLK, v_NGLV)), bias, sink_GM1, per_group)
-        for start, bias in _slices(bias_NTL, q_NGMK.shape[0], step)
-    ]
+    outputs: list[Tensor] = []
+    for start in range(0, q_NGMK.shape[0], step):
+        rows_n = slice(start, start + step)
+        bias_nTL = bias_NTL if bias_NTL.shape[0] == 1 else bias_NTL[rows_n]
+        outputs.append(_softmax_slice(q_NGMK[rows_n], k_NGLK[rows_n], v_NGLV[rows_n], bias_nTL, sink_GM1, per_group))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -173,11 +173,6 @@ def _softmax_slice(
     if sink_GM1 is not None:
         scores_NGML[..., -SINK_COLUMNS].add_(sink_GM1[..., 0])
     return scores_NGML.softmax(-1) @ v_NGLV
-
-
-def _slices(bias_NTL: Tensor, batch: int, step: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, batch, step):
-        yield start, bias_NTL if bias_NTL.shape[0] == 1 else bias_NTL[start : start + step]
 
 
 def _fused_causal(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, groups: int) -> Tensor:

@@ -89,8 +89,8 @@ def language_model_losses(
 ) -> Losses:
     """Next-token loss, the mean of the MTP heads' losses times `mtp_weight`, and the weighted balance loss.
 
-    Token t + 1 + s is a target of position t (s = 0 for the main model, k + 1 for head k) when the loss mask has it and both
-    lie in one document. Source: MiMo-V2-Flash report, training objective.
+    Token t + 1 + s is a target of position t (s = 0 for the main model, k + 1 for head k) when the loss mask has it
+    and both lie in one document. Source: MiMo-V2-Flash report, training objective.
     """
     model = output.model
     weight_VD = model.lm_head.weight

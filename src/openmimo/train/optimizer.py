@@ -44,14 +44,14 @@ class MasterAdamW:
         """One update; returns the gradient norm before clipping. Does nothing when that norm is not finite."""
         present = [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
         absent = [m for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is None]
-        grads = [m.grad for m, _ in present if m.grad is not None]
-        torch._foreach_copy_(grads, [p.grad for _, p in present if p.grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        for master, parameter in present:
+            assert master.grad is not None
+            assert parameter.grad is not None
+            master.grad.copy_(parameter.grad)
+        norm = nn.utils.get_total_norm([m.grad for m, _ in present if m.grad is not None])
         if not bool(torch.isfinite(norm)):
             return float(norm)
-        scale = self.grad_clip / (float(norm) + 1e-6)
-        if scale < 1.0:
-            torch._foreach_mul_(grads, scale)
+        nn.utils.clip_grads_with_norm_([m for m, _ in present], self.grad_clip, norm)
         saved = [m.grad for m in absent]
         for master in absent:
             master.grad = None
@@ -60,7 +60,8 @@ class MasterAdamW:
         self.adamw.step()
         for master, grad in zip(absent, saved, strict=True):
             master.grad = grad
-        torch._foreach_copy_([p for _, p in present], [m for m, _ in present])
+        for master, parameter in present:
+            parameter.copy_(master)
         return float(norm)
 
     def zero_grad(self) -> None:

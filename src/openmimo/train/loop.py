@@ -1,0 +1,320 @@
+"""The training loop: stages of steps, with metrics, checkpoints and an exit that saves first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from openmimo.checkpoint import load_model, save_model
+from openmimo.config.model import ModelConfig
+from openmimo.config.recipe import to_toml
+from openmimo.config.train import Precision, StageRecipe, TrainRecipe
+from openmimo.data.build import build_loader
+from openmimo.data.packing import Batch
+from openmimo.errors import MimoError
+from openmimo.model import MiMoModel, build_model, cast_model, replicate_mtp_head
+from openmimo.text import ChatTemplate, Tokenizer
+from openmimo.train import monitors
+from openmimo.train.memory import keep_freed_memory
+from openmimo.train.optimizer import MasterAdamW
+from openmimo.train.report import Reporter
+from openmimo.train.schedule import learning_rate
+from openmimo.train.state import Progress, load_progress, restore, save_progress
+from openmimo.train.step import StepResult, StepSettings, train_step
+from openmimo.train.tokenizer import tokenizer_for
+
+# After this many updates in a row with a non-finite gradient the run stops instead of idling.
+MAX_SKIPPED_STEPS = 20
+
+
+class TrainingError(MimoError, RuntimeError):
+    """Training cannot go on."""
+
+
+class TrainingInterruptedError(MimoError, KeyboardInterrupt):
+    """Ctrl-C, after the state was saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run leaves behind."""
+
+    model: MiMoModel
+    tokenizer: Tokenizer
+    model_dir: Path
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train(recipe: TrainRecipe, run_dir: Path, *, resume: bool = False, reporter: Reporter | None = None) -> TrainResult:
+    """Run a recipe from nothing or, with `resume`, from its newest intact checkpoint.
+
+    Writes recipe.toml, run.json, metrics.jsonl, checkpoints/ and model/ into `run_dir`.
+    Raises: TrainingError when gradients stay non-finite, TrainingInterruptedError after Ctrl-C (the state is saved first).
+    """
+    run = _Run(recipe, run_dir, resume, reporter or Reporter())
+    with run.reporter, _interrupt_flag() as interrupted:
+        return run.finish(interrupted)
+
+
+class _Run:
+    """One run's parts; the order of work is in `finish`."""
+
+    def __init__(self, recipe: TrainRecipe, run_dir: Path, resume: bool, reporter: Reporter) -> None:
+        self.recipe, self.run_dir, self.reporter = recipe, run_dir, reporter
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        keep_freed_memory()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.fingerprint = hashlib.sha256(to_toml(recipe).encode()).hexdigest()
+        self.dtype = compute_dtype(recipe.precision)
+        self.progress = Progress()
+        saved = load_progress(run_dir, self.fingerprint) if resume else None
+        self.tokenizer = (
+            Tokenizer.load(run_dir / "tokenizer") if saved else tokenizer_for(recipe, run_dir / "tokenizer")
+        )
+        self.template = ChatTemplate(self.tokenizer)
+        self.model = self._initial_model(None if saved is None else saved[2])
+        self.optimizer = self._new_optimizer()
+        if saved is not None:
+            self.progress = saved[0]
+            restore(self.model, self.optimizer, saved[1])
+        else:
+            self._write_start()
+        self.peak_flops = monitors.matmul_peak(self.dtype, torch.device("cpu"))
+        self.skipped = 0
+        self.started = time.perf_counter()
+
+    def finish(self, interrupted: Callable[[], bool]) -> TrainResult:
+        total = sum(stage.steps for stage in self.recipe.stages)
+        self.reporter.start(total, self.progress.step)
+        for index, stage in enumerate(self.recipe.stages):
+            if index < self.progress.stage:
+                continue
+            self._enter_stage(index, stage)
+            self._run_stage(stage, interrupted)
+            self.progress = replace(self.progress, stage=index + 1, step_in_stage=0, cursor=None)
+        self._save_checkpoint()
+        model_dir = self.run_dir / "model"
+        self._write_model(model_dir)
+        seconds = time.perf_counter() - self.started
+        return TrainResult(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            model_dir=model_dir,
+            steps=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=seconds,
+        )
+
+    def _run_stage(self, stage: StageRecipe, interrupted: Callable[[], bool]) -> None:
+        lr_start, lr_end = self.recipe.learning_rates(stage)
+        settings = StepSettings(
+            num_mtp_heads=stage.mtp_heads,
+            mtp_weight=stage.mtp_loss_weight,
+            balance_weight=stage.sequence_aux_weight,
+            bias_update_rate=stage.bias_update_rate,
+        )
+        data = self.recipe.data_of(stage)
+        every = self.recipe.checkpoint.every_steps
+        with build_loader(
+            data,
+            self.tokenizer,
+            seed=self.recipe.seed,
+            stage=stage.kind.value,
+            template=self.template,
+            cursor=self.progress.cursor,
+        ) as loader:
+            while self.progress.step_in_stage < stage.steps:
+                step = self.progress.step_in_stage
+                rate = learning_rate(
+                    stage.schedule.value, step, steps=stage.steps, warmup=stage.warmup_steps, start=lr_start, end=lr_end
+                )
+                waited = time.perf_counter()
+                batch = next(loader)
+                begun = time.perf_counter()
+                result = train_step(
+                    self.model,
+                    self.optimizer,
+                    batch.token_ids_BT,
+                    batch.document_ids_BT,
+                    batch.position_ids_BT,
+                    batch.loss_mask_BT,
+                    learning_rate=rate,
+                    settings=settings,
+                )
+                self._advance(batch)
+                self._guard(result)
+                self._log(stage, batch, result, rate, begun - waited, time.perf_counter() - begun)
+                if interrupted():
+                    folder = self._save_checkpoint()
+                    raise TrainingInterruptedError(
+                        f"stopped at step {self.progress.step}; saved {folder}; continue with --resume"
+                    )
+                if every and self.progress.step % every == 0:
+                    self._save_checkpoint()
+
+    def _advance(self, batch: Batch) -> None:
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            step_in_stage=self.progress.step_in_stage + 1,
+            tokens=self.progress.tokens + batch.num_tokens,
+            cursor=batch.cursor,
+        )
+
+    def _guard(self, result: StepResult) -> None:
+        self.skipped = 0 if result.applied else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED_STEPS:
+            raise TrainingError(
+                f"{self.skipped} steps in a row had a non-finite gradient "
+                f"(last loss {float(result.losses.total.detach())}); the weights are those before the first of them: lower "
+                "the learning rate or use precision fp32"
+            )
+
+    def _log(
+        self, stage: StageRecipe, batch: Batch, result: StepResult, rate: float, waited: float, seconds: float
+    ) -> None:
+        self.reporter.step(self.progress.step, batch.num_tokens, seconds + waited)
+        every = self.recipe.log.every_steps
+        if self.progress.step % every and self.progress.step_in_stage not in (1, stage.steps):
+            return
+        watch = time.perf_counter()
+        zeros = monitors.num_zeros(self.model)
+        monitor_share = (time.perf_counter() - watch) / every / seconds
+        flops = 3 * monitors.forward_flops_per_token(self.model, batch.token_ids_BT.shape[1], stage.mtp_heads)
+        losses = result.losses
+        record = {
+            "step": self.progress.step,
+            "stage": stage.name,
+            "loss": float(losses.next_token),
+            "mtp_losses": [float(loss) for loss in losses.mtp],
+            "balance_loss": float(losses.balance),
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "applied": result.applied,
+            "num_zeros": zeros,
+            "monitor_share_of_step": monitor_share,
+            "expert_load": None
+            if result.tokens_per_expert_LE is None
+            else monitors.expert_load(result.tokens_per_expert_LE),
+            "tokens": self.progress.tokens,
+            "tokens_per_second": batch.num_tokens / (seconds + waited),
+            "data_wait_share": waited / (seconds + waited),
+            "flops_utilisation": flops * batch.token_ids_BT.numel() / seconds / self.peak_flops,
+            "padding_share": batch.padding_share,
+        }
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.reporter.metrics(record)
+
+    def _enter_stage(self, index: int, stage: StageRecipe) -> None:
+        """Replicate the MTP head when the stage trains more than there are; the optimiser then starts anew."""
+        if stage.mtp_heads > self.model.config.num_mtp_heads:
+            replicate_mtp_head(self.model, stage.mtp_heads)
+            self.optimizer = self._new_optimizer()
+        self.progress = replace(self.progress, stage=index)
+
+    def _initial_model(self, saved_heads: int | None) -> MiMoModel:
+        recipe = self.recipe.model
+        if recipe.folder:
+            return cast_model(load_model(Path(recipe.folder), dtype="float32"), self.dtype)
+        config = _config_for(recipe.resolve(), self.tokenizer)
+        heads = self.recipe.stages[0].mtp_heads if saved_heads is None else saved_heads
+        return build_model(config.replace(num_mtp_heads=heads), seed=self.recipe.seed, dtype=self.dtype)
+
+    def _new_optimizer(self) -> MasterAdamW:
+        o = self.recipe.optimizer
+        return MasterAdamW(
+            self.model.named_parameters(), betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, grad_clip=o.grad_clip
+        )
+
+    def _save_checkpoint(self) -> Path:
+        return save_progress(
+            self.run_dir,
+            self.progress,
+            self.model,
+            self.optimizer,
+            fingerprint=self.fingerprint,
+            write_model=self._write_model,
+            keep=self.recipe.checkpoint.keep,
+        )
+
+    def _write_model(self, folder: Path) -> None:
+        dtype = "bfloat16" if self.dtype is torch.bfloat16 else "float32"
+        tokenizer_files = {path.name: path for path in (self.run_dir / "tokenizer").iterdir() if path.is_file()}
+        save_model(self.model, folder, dtype=dtype, extra_files=tokenizer_files)
+
+    def _write_start(self) -> None:
+        (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        (self.run_dir / "recipe.toml").write_text(to_toml(self.recipe))
+        facts = {
+            "git_revision": monitors.git_revision(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        (self.run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of forward and backward; `auto` takes bf16 where the processor multiplies it natively."""
+    if precision is Precision.AUTO:
+        return torch.bfloat16 if has_fast_bf16() else torch.float32
+    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products run in hardware here (CUDA, AVX-512 BF16 or AMX)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo")
+    if not flags.is_file():
+        return False
+    words = set(flags.read_text().split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _config_for(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset with the tokenizer's vocabulary (rounded up to 64 for the products) and end tokens."""
+    vocabulary = math.ceil(tokenizer.vocab_size / 64) * 64
+    return config.replace(
+        vocab_size=max(vocabulary, 64),
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@contextmanager
+def _interrupt_flag() -> Generator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; the second acts as usual."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, note)
+    except ValueError:  # Not the main thread: the caller handles signals.
+        pass
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in previous.items():
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)

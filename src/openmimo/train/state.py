@@ -1,0 +1,97 @@
+"""Saving and restoring a run so that it continues bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmimo.checkpoint.training_state import checkpoint_dirs, latest_valid, load_training_state, save_step
+from openmimo.errors import CheckpointError
+from openmimo.model import MiMoModel
+from openmimo.train.optimizer import MasterAdamW
+
+TRAINING_STATE = "training_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: finished steps in all and in the current stage, targets seen, the data cursor."""
+
+    step: int = 0
+    stage: int = 0
+    step_in_stage: int = 0
+    tokens: int = 0
+    cursor: Mapping[str, Any] | None = None
+
+
+def save_progress(
+    run_dir: Path,
+    progress: Progress,
+    model: MiMoModel,
+    optimizer: MasterAdamW,
+    *,
+    fingerprint: str,
+    write_model: Callable[[Path], object],
+    keep: int,
+) -> Path:
+    """Write one step folder (weights for anyone, training state for us) and drop all but the last `keep`."""
+    tensors = dict(optimizer.state_tensors())
+    tensors |= {f"buffer.{name}": buffer.detach() for name, buffer in model.named_buffers()}
+    tensors["rng"] = torch.get_rng_state()
+    meta = {
+        "step": progress.step,
+        "stage": progress.stage,
+        "step_in_stage": progress.step_in_stage,
+        "tokens": progress.tokens,
+        "cursor": None if progress.cursor is None else dict(progress.cursor),
+        "num_mtp_heads": model.config.num_mtp_heads,
+        "recipe": fingerprint,
+    }
+    folder = save_step(run_dir / "checkpoints", progress.step, write_model=write_model, tensors=tensors, meta=meta)
+    for old in checkpoint_dirs(run_dir / "checkpoints")[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_progress(run_dir: Path, fingerprint: str) -> tuple[Progress, dict[str, Tensor], int]:
+    """The newest state whose hashes verify: progress, tensors, number of MTP heads.
+
+    Raises: CheckpointError when there is none, or it belongs to another recipe.
+    """
+    folder = latest_valid(run_dir / "checkpoints")
+    tensors, meta = load_training_state(folder / TRAINING_STATE)
+    if meta["recipe"] != fingerprint:
+        raise CheckpointError(
+            f"{str(folder)!r} was made with another recipe; use the same recipe and overrides, or another --out folder"
+        )
+    cursor = meta["cursor"]
+    progress = Progress(
+        step=_int(meta, "step"),
+        stage=_int(meta, "stage"),
+        step_in_stage=_int(meta, "step_in_stage"),
+        tokens=_int(meta, "tokens"),
+        cursor=cursor if isinstance(cursor, dict) else None,
+    )
+    return progress, tensors, _int(meta, "num_mtp_heads")
+
+
+@torch.no_grad()
+def restore(model: MiMoModel, optimizer: MasterAdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Put weights, moments, buffers and the random state back."""
+    optimizer.load_state_tensors(dict(tensors))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(tensors[f"buffer.{name}"])
+    torch.set_rng_state(tensors["rng"])
+
+
+def _int(meta: Mapping[str, object], key: str) -> int:
+    value = meta[key]
+    if not isinstance(value, int):
+        raise CheckpointError(f"training state has {key}={value!r}; expected a whole number")
+    return value

@@ -1,0 +1,59 @@
+"""The tokenizer of a run: loaded, or trained on a sample of the run's own sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from openmimo.config.train import SourceKind, SourceRecipe, TrainRecipe
+from openmimo.data.files import find_files
+from openmimo.data.readers import open_records
+from openmimo.tasks import sample_problem
+from openmimo.text import Tokenizer, train_tokenizer
+
+# Text beyond this adds nothing to a small vocabulary and makes its training slow.
+SAMPLE_CHARACTERS = 2_000
+
+
+def tokenizer_for(recipe: TrainRecipe, folder: Path) -> Tokenizer:
+    """Load the recipe's tokenizer or train it, and save it to `folder`."""
+    wanted = recipe.tokenizer
+    if wanted.path:
+        tokenizer = Tokenizer.load(Path(wanted.path))
+    else:
+        assert wanted.vocab_size is not None
+        sources = wanted.sources or _all_sources(recipe)
+        texts = _sample(sources, wanted.train_documents, recipe.seed)
+        tokenizer = train_tokenizer(texts, vocab_size=wanted.vocab_size)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _all_sources(recipe: TrainRecipe) -> tuple[SourceRecipe, ...]:
+    found = [source for stage in recipe.stages for source in recipe.data_of(stage).sources]
+    return tuple(dict.fromkeys(found))
+
+
+def _sample(sources: tuple[SourceRecipe, ...], num_documents: int, seed: int) -> Iterator[str]:
+    """Documents of every source in equal number, so that small domains get their words too."""
+    share = max(1, num_documents // len(sources))
+    for source in sources:
+        if source.kind is SourceKind.TASK:
+            for index in range(share):
+                level = source.levels[index % len(source.levels)]
+                problem = sample_problem(source.domain, split="train", level=level, seed=seed, index=index)
+                yield f"{problem.prompt}\n{problem.solution}\n"
+        else:
+            yield from islice(_texts(source.path), share)
+
+
+def _texts(path: str) -> Iterator[str]:
+    for file in find_files([path]):
+        records = open_records(file.path)
+        try:
+            record = records.read(0)
+        finally:
+            records.close()
+        if record.text:
+            yield record.text[:SAMPLE_CHARACTERS]
