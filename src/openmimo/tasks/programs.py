@@ -1,0 +1,238 @@
+"""Code tasks over the list language: predict what a program gives, and write a program from examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import ClassVar
+
+from openmimo.tasks.listlang import (
+    Operation,
+    Program,
+    ProgramError,
+    Values,
+    format_list,
+    format_program,
+    parse_list,
+    parse_program,
+    run_program,
+)
+from openmimo.tasks.problem import Problem, Task, between, draw, extract_answer, number_from, pick
+
+FIRST_OPERATIONS = ("add", "sub", "take", "drop", "push", "reverse")
+LATER_OPERATIONS = (*FIRST_OPERATIONS, "rotate", "evens", "odds", "double", "sort", "max", "min")
+ELEMENTWISE = {"add": "+", "sub": "-", "double": "*"}
+NUM_HIDDEN_EXAMPLES = 8
+
+
+def apply(operation: Operation, values: Values) -> Values:
+    """One operation."""
+    return run_program((operation,), values)
+
+
+def explain(operation: Operation, values: Values) -> str:
+    """`add 2: 5+2=7,1+2=3 [7,3]`: the operation, its facts where it has some, and the new list."""
+    result = format_list(apply(operation, values))
+    name = operation.name
+    if name in ELEMENTWISE:
+        number = 2 if name == "double" else operation.argument
+        facts = (f"{v}{ELEMENTWISE[name]}{number}={w}" for v, w in zip(values, apply(operation, values), strict=True))
+        return f"{operation}: {','.join(facts)} {result}"
+    if name in ("evens", "odds"):
+        keep = 0 if name == "evens" else 1
+        facts = (f"{v} {'yes' if v % 2 == keep else 'no'}" for v in values)
+        return f"{operation}: {','.join(facts)} {result}"
+    if name == "sort":
+        return f"{operation}: {','.join(selections(values))} {result}"
+    return f"{operation} {result}"
+
+
+def selections(values: Values) -> list[str]:
+    """Selection sort in the open: the smallest, then the list without it."""
+    rest, steps = list(values), list[str]()
+    while rest:
+        smallest = min(rest)
+        rest.remove(smallest)
+        steps.append(f"{smallest} of {format_list(rest)}")
+    return steps
+
+
+class Predict(Task):
+    """The list after one to three (level 1) or up to seven operations; the worked answer shows every list between.
+
+    Level 1 keeps to different digits and to the simplest operations, with arithmetic in one of them at most.
+    """
+
+    name: ClassVar[str] = "predict"
+    domain: ClassVar[str] = "code"
+
+    def generate(self, rng: Random, level: int) -> Problem:
+        values, program = _first_level(rng) if level == 1 else _later_level(rng, level)
+        steps: list[str] = []
+        current = values
+        for operation in program:
+            steps.append(explain(operation, current))
+            current = apply(operation, current)
+        key = f"{format_list(values)} | {format_program(program)}"
+        return self.problem(f"run: {key}", [f"so {' | '.join(steps)}"], format_list(current), level=level, key=key)
+
+    def guesses(self, problem: Problem) -> Sequence[str]:
+        """The input itself, and the input reversed."""
+        values = parse_list(problem.prompt.removeprefix("run:").partition("|")[0])
+        return [format_list(values), format_list(values[::-1])]
+
+
+def _first_level(rng: Random) -> tuple[Values, Program]:
+    low = between(rng, 0, 3)
+    values = current = tuple(draw(rng, range(low, low + 7), between(rng, 3, 5)))
+    program: list[Operation] = []
+    open_names = list(FIRST_OPERATIONS)
+    for _ in range(between(rng, 1, 3)):
+        name = pick(rng, open_names)
+        operation = _digit_operation(rng, name, current)
+        if operation is None:
+            continue
+        open_names.remove(name)
+        if name in ELEMENTWISE:
+            open_names = [other for other in open_names if other not in ELEMENTWISE]
+        program.append(operation)
+        current = apply(operation, current)
+    return values, tuple(program) or (Operation("reverse"),)
+
+
+def _digit_operation(rng: Random, name: str, values: Values) -> Operation | None:
+    """An operation that keeps the list non-empty, its numbers different digits; None if there is none of that name."""
+    if name == "reverse":
+        return Operation(name) if len(values) > 1 else None
+    if name == "push":
+        return Operation(name, pick(rng, [v for v in range(10) if v not in values])) if len(values) < 5 else None
+    highest = {"add": 9 - max(values), "sub": min(values), "take": len(values) - 1, "drop": len(values) - 1}[name]
+    return Operation(name, between(rng, 1, min(highest, 4))) if highest > 0 else None
+
+
+def _later_level(rng: Random, level: int) -> tuple[Values, Program]:
+    top = 10 * level
+    values = current = tuple(between(rng, 0, top) for _ in range(between(rng, 4, 3 + level)))
+    program: list[Operation] = []
+    length = between(rng, level, level + 2)
+    while len(program) < length:
+        name = pick(rng, LATER_OPERATIONS)
+        operation = Operation(name, _argument(rng, name, len(current)))
+        after = apply(operation, current)
+        # An operation that empties the list, or leaves one number early, makes the rest of the program pointless.
+        if len(after) < 2 and (not after or len(program) < length - 1):
+            continue
+        if name == "sub" and min(after) < 0:
+            continue
+        program.append(operation)
+        current = after
+    return values, tuple(program)
+
+
+def _argument(rng: Random, name: str, length: int) -> int:
+    if name in ("take", "drop"):
+        return between(rng, 1, max(1, length - 1))
+    return between(rng, 1, 9) if name in ("add", "sub", "push") else 0
+
+
+Example = tuple[Values, Values]
+
+
+class Synthesize(Task):
+    """A program that gives the outputs of two (level 1) or three examples; levels 2 and 3 need two operations, 4 and 5 three.
+
+    Any program is right that gives the outputs of the examples shown and of eight hidden ones, which depend on the
+    problem's key only. The worked answer compares lengths, first and last numbers of the first example.
+    """
+
+    name: ClassVar[str] = "synthesize"
+    domain: ClassVar[str] = "code"
+
+    def generate(self, rng: Random, level: int) -> Problem:
+        if level == 1:
+            name = pick(rng, FIRST_OPERATIONS)
+            program: Program = (Operation(name, _small_argument(rng, name)),)
+            lengths = draw(rng, (3, 4, 5), 2)
+        else:
+            num_operations = 2 if level < 4 else 3
+            names = draw(rng, FIRST_OPERATIONS if level % 2 == 0 else LATER_OPERATIONS[:-2], num_operations)
+            program = tuple(Operation(name, _small_argument(rng, name)) for name in names)
+            lengths = draw(rng, (4, 5, 6, 7), 3)
+        inputs = [_clear_input(rng, length, program) for length in lengths]
+        examples = [(values, run_program(program, values)) for values in inputs]
+        shown = "; ".join(f"{format_list(before)} to {format_list(after)}" for before, after in examples)
+        answer = format_program(program)
+        key = f"{answer}: {'; '.join(sorted(map(format_list, inputs)))}"
+        return self.problem(f"find: {shown}", _compare(program, examples[0]), answer, level=level, key=key)
+
+    def grade(self, problem: Problem, response: str) -> float:
+        """1.0 when the program in the last `answer:` line gives all outputs, shown and hidden."""
+        given = extract_answer(response)
+        if given is None:
+            return 0.0
+        try:
+            program = parse_program(given)
+            right = all(run_program(program, before) == after for before, after in all_examples(problem))
+        except ProgramError:
+            return 0.0
+        return float(right)
+
+
+def all_examples(problem: Problem) -> list[Example]:
+    """The examples of the prompt, then the hidden ones."""
+    examples: list[Example] = []
+    for pair in problem.prompt.removeprefix("find:").split(";"):
+        before, _, after = pair.partition(" to ")
+        examples.append((parse_list(before), parse_list(after)))
+    rng = Random(number_from(problem.key))
+    program = parse_program(problem.answer)
+    for _ in range(NUM_HIDDEN_EXAMPLES):
+        values = tuple(between(rng, 0, 30) for _ in range(between(rng, 1, 8)))
+        examples.append((values, run_program(program, values)))
+    return examples
+
+
+def _small_argument(rng: Random, name: str) -> int:
+    if name in ("take", "drop"):
+        return between(rng, 1, 2)
+    return between(rng, 1, 5) if name in ("add", "sub") else between(rng, 0, 9) if name == "push" else 0
+
+
+def _clear_input(rng: Random, length: int, program: Program) -> Values:
+    """Different digits on which no result leaves 0..9 (one operation) and no list is empty."""
+    total = sum(operation.argument for operation in program if operation.name == "sub")
+    room = sum(operation.argument for operation in program if operation.name == "add")
+    digits = range(total, 10 - room) if len(program) == 1 else range(total, 10 + total)
+    if len(program) == 1 and program[0].name == "push":
+        digits = [v for v in digits if v != program[0].argument]
+    while True:
+        values = tuple(draw(rng, digits, length))
+        if run_program(program, values):
+            return values
+
+
+def _compare(program: Program, example: Example) -> list[str]:
+    before, after = example
+    lines: list[str] = []
+    for operation in program:
+        step = apply(operation, before)
+        seen = f"len {len(before)} {len(step)}"
+        if before and step:
+            seen += f" first {before[0]} {step[0]} last {before[-1]} {step[-1]}"
+        lines.append(f"{seen} so {_conclusion(operation, before, step)}")
+        if len(program) > 1:
+            lines[-1] += f" {format_list(step)}"
+        before = step
+    assert before == after
+    return lines
+
+
+def _conclusion(operation: Operation, before: Values, after: Values) -> str:
+    name = operation.name
+    if name == "add":
+        return f"add {after[0]}-{before[0]}={operation.argument}"
+    if name == "sub":
+        return f"sub {before[0]}-{after[0]}={operation.argument}"
+    if name == "drop" and len(after) == len(before) - operation.argument:
+        return f"drop {len(before)}-{len(after)}={operation.argument}"
+    return str(operation)
