@@ -172,6 +172,11 @@ def hybrid_layer_kinds(num_layers: int) -> tuple[AttentionKind, ...]:
     )
 
 
+def preset_names() -> tuple[str, ...]:
+    """The names that `preset` knows."""
+    return tuple(_PRESETS)
+
+
 def preset(name: str) -> ModelConfig:
     """One of the named models: nano, tiny, small, medium, flash. Raises: ConfigError for another name."""
     if name not in _PRESETS:
