@@ -2,12 +2,12 @@
 
 from openmimo.tasks.baselines import constant_baseline, task_baseline
 from openmimo.tasks.problem import ANSWER_MARK, Problem, Task, extract_answer, in_test
-from openmimo.tasks.registry import Split, domains, find_task, grade_response, sample_problem, tasks
+from openmimo.tasks.registry import SPLITS, domains, find_task, grade_response, sample_problem, tasks
 
 __all__ = [
     "ANSWER_MARK",
+    "SPLITS",
     "Problem",
-    "Split",
     "Task",
     "constant_baseline",
     "domains",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import ClassVar
 
@@ -17,6 +17,26 @@ GATES: dict[str, Callable[[int, int], int]] = {
     "xnor": lambda a, b: 1 - (a ^ b),
 }
 WIRES = "abcdefghijklmnopqrstuvwxyz"
+
+
+class _Key:
+    """Names a circuit by its shape: inputs count in the order of their use, and operands may be swapped."""
+
+    def __init__(self, bits: Mapping[str, int]) -> None:
+        self._bits = dict(bits)
+        self._label: dict[str, str] = {}
+        self._parts: list[str] = []
+
+    def add(self, name: str, kind: str, left: str, right: str) -> None:
+        known = [wire for wire in (left, right) if wire in self._label]
+        for wire in sorted({left, right} - set(known), key=lambda wire: (self._bits[wire], wire)):
+            self._label[wire] = f"{len(self._label)}={self._bits[wire]}"
+        first, second = sorted((self._label[left], self._label[right]))
+        self._parts.append(f"{kind} {first} {second}")
+        self._label[name] = f"{len(self._label)}"
+
+    def text(self) -> str:
+        return ";".join(self._parts)
 
 
 class Circuit(Task):
@@ -34,7 +54,7 @@ class Circuit(Task):
         kinds = tuple(GATES)[: level + 2]
         value = {wire: below(rng, 2) for wire in WIRES[:num_inputs]}
         inputs = " ".join(f"{wire}{bit}" for wire, bit in value.items())
-        gates, work, key = [inputs], list[str](), [inputs]
+        gates, work, key = [inputs], list[str](), _Key(value)
         for index in range(num_gates):
             name = WIRES[num_inputs + index]
             kind = pick(rng, kinds)
@@ -42,16 +62,16 @@ class Circuit(Task):
             value[name] = GATES[kind](value[left], value[right])
             gates.append(f"{name} = {left} {kind} {right}")
             work.append(f"{name} = {left}{value[left]} {kind} {right}{value[right]}: {name}{value[name]}")
-            key.append(f"{kind} {min(left, right)} {max(left, right)}")
+            key.add(name, kind, left, right)
         outputs = WIRES[num_inputs : num_inputs + num_gates]
         answer = " ".join(f"{name}{value[name]}" for name in outputs)
         return self.problem(
-            f"circuit: {'; '.join(gates)}", [f"so {'; '.join(work)}"], answer, level=level, key=";".join(key)
+            f"circuit: {'; '.join(gates)}", [f"so {'; '.join(work)}"], answer, level=level, key=key.text()
         )
 
     @staticmethod
     def _operands(rng: Random, index: int, num_inputs: int) -> tuple[str, str]:
-        """Two inputs for the first two gates; after that the newest gate that deepens the circuit and any other wire."""
+        """Two inputs for the first two gates, one of these gates for the third, the newest for all others."""
         if index < 2:
             left, right = draw(rng, WIRES[:num_inputs], 2)
             return left, right

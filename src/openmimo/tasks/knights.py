@@ -45,12 +45,14 @@ KINDS = ("knight", "knave", "same", "differ")
 
 def solutions(people: Sequence[str], claims: Sequence[Claim]) -> list[dict[str, int]]:
     """All assignments of roles that fit every claim, knights first."""
-    worlds = (dict(zip(people, roles, strict=True)) for roles in product((1, 0), repeat=len(people)))
+    worlds: list[dict[str, int]] = [
+        dict(zip(people, roles, strict=True)) for roles in product((1, 0), repeat=len(people))
+    ]
     return [world for world in worlds if all(claim.fits(world) for claim in claims)]
 
 
-# (kind said by the first, kind said by the second) with exactly one solution, grouped by that solution.
 def _pairs_by_roles() -> dict[tuple[int, int], list[tuple[str, str]]]:
+    """The kinds said by two people, where exactly one solution fits, grouped by that solution."""
     groups: dict[tuple[int, int], list[tuple[str, str]]] = {}
     for first, second in product(KINDS, repeat=2):
         found = solutions("AB", (Claim("A", first, "B"), Claim("B", second, "A")))
@@ -63,16 +65,15 @@ class Knights(Task):
     """Two people (level 1) to four; everybody says one thing (two from level 3 on); exactly one answer fits.
 
     Level 1 assumes that the first is a knight; the first claim then fixes the other's role, and the second claim fits
-    or not; if not, the first is a knave. Higher levels go through the assignments, knights first, up to the fitting one.
+    or not; if not, the first is a knave. Higher levels try the assignments, knights first, up to the fitting one.
     """
 
     name: ClassVar[str] = "knights"
     domain: ClassVar[str] = "logic"
 
     def __init__(self) -> None:
-        groups = _pairs_by_roles()
-        self._roles = tuple(groups)
-        self._pairs = groups
+        self._pairs = _pairs_by_roles()
+        self._roles = tuple(self._pairs)
 
     def generate(self, rng: Random, level: int) -> Problem:
         people = draw(rng, NAMES, (2, 3, 3, 4, 4)[level - 1])
@@ -120,10 +121,7 @@ def assume_first(claims: Sequence[Claim]) -> tuple[list[str], dict[str, int]]:
         if not first.fits(roles):
             roles[second.speaker] = 0
         fits = second.fits(roles)
-        work.append(
-            f"if {first.speaker} {ROLES[role]} says {first} {_truth(first, roles)}, "
-            f"{second.speaker} {ROLES[roles[second.speaker]]} says {second} {_truth(second, roles)} {'ok' if fits else 'bad'}"
-        )
+        work.append(f"if {_said(first, roles)}, {_said(second, roles)} {_verdict(fits)}")
         if fits:
             return work, roles
     raise AssertionError("a claim pair without a solution was drawn")
@@ -133,19 +131,24 @@ def try_all(people: Sequence[str], claims: Sequence[Claim]) -> tuple[list[str], 
     """Assignments from all knights on; each stops at its first misfit, and the search at the first that fits."""
     work: list[str] = []
     for bits in product((1, 0), repeat=len(people)):
-        roles = dict(zip(people, bits, strict=True))
+        roles: dict[str, int] = dict(zip(people, bits, strict=True))
         line = "if " + ", ".join(f"{person} {ROLES[role]}" for person, role in roles.items()) + ":"
+        heard: list[str] = []
         for claim in claims:
             fits = claim.fits(roles)
-            line += f" {claim.speaker} {ROLES[roles[claim.speaker]]} says {claim} {_truth(claim, roles)} {'ok' if fits else 'bad'};"
+            heard.append(f"{_said(claim, roles)} {_verdict(fits)}")
             if not fits:
                 break
-        else:
-            work.append(line[:-1])
+        work.append(f"{line} {'; '.join(heard)}")
+        if all(claim.fits(roles) for claim in claims):
             return work, roles
-        work.append(line[:-1])
     raise AssertionError("claims without a solution were drawn")
 
 
-def _truth(claim: Claim, roles: Roles) -> str:
-    return "true" if claim.holds(roles) else "false"
+def _said(claim: Claim, roles: Roles) -> str:
+    truth = "true" if claim.holds(roles) else "false"
+    return f"{claim.speaker} {ROLES[roles[claim.speaker]]} says {claim} {truth}"
+
+
+def _verdict(fits: bool) -> str:
+    return "ok" if fits else "bad"

@@ -14,7 +14,7 @@ class Ordering(Task):
     """Four (level 1) to eight names. Each neighbouring pair is stated once, so the order is unique.
 
     From level 2 on some pairs are stated the other way round, from level 3 on true pairs are added that follow from
-    the others. The worked answer climbs from the first name of the first pair to the top (`none` is above it); the
+    the others. The worked answer climbs from the larger name of the first pair to the top (`none` is above it); the
     answer then follows the pairs down.
     """
 

@@ -82,13 +82,10 @@ def in_test(key: str) -> bool:
 
 def extract_answer(response: str) -> str | None:
     """The text of the last line that starts with `answer:`, tidied, or None."""
-    start = response.rfind(ANSWER_MARK)
-    while start >= 0:
-        line_start = response.rfind("\n", 0, start) + 1
-        if not response[line_start:start].strip():
-            line = response[start + len(ANSWER_MARK) :].partition("\n")[0]
-            return tidy(line)
-        start = response.rfind(ANSWER_MARK, 0, start)
+    for line in reversed(response.split("\n")):
+        text = line.lstrip()
+        if text.startswith(ANSWER_MARK):
+            return tidy(text.removeprefix(ANSWER_MARK))
     return None
 
 

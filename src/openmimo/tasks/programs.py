@@ -7,6 +7,8 @@ from random import Random
 from typing import ClassVar
 
 from openmimo.tasks.listlang import (
+    WITH_ARGUMENT,
+    WITHOUT_ARGUMENT,
     Operation,
     Program,
     ProgramError,
@@ -86,7 +88,7 @@ def _first_level(rng: Random) -> tuple[Values, Program]:
     low = between(rng, 0, 3)
     values = current = tuple(draw(rng, range(low, low + 7), between(rng, 3, 5)))
     program: list[Operation] = []
-    open_names = list(FIRST_OPERATIONS)
+    open_names: list[str] = list(FIRST_OPERATIONS)
     for _ in range(between(rng, 1, 3)):
         name = pick(rng, open_names)
         operation = _digit_operation(rng, name, current)
@@ -139,43 +141,46 @@ Example = tuple[Values, Values]
 
 
 class Synthesize(Task):
-    """A program that gives the outputs of two (level 1) or three examples; levels 2 and 3 need two operations, 4 and 5 three.
+    """A program that gives the outputs of the examples shown: two, and one operation, at level 1.
 
-    Any program is right that gives the outputs of the examples shown and of eight hidden ones, which depend on the
-    problem's key only. The worked answer compares lengths, first and last numbers of the first example.
+    Levels 2 and 3 need two operations, 4 and 5 three, with three examples; odd levels use all operations but max and
+    min. Any program is right that gives the outputs of the examples shown and of eight hidden ones, which depend on
+    the problem's key only. The worked answer compares lengths, first and last numbers in the first example.
     """
 
     name: ClassVar[str] = "synthesize"
     domain: ClassVar[str] = "code"
 
     def generate(self, rng: Random, level: int) -> Problem:
-        if level == 1:
-            name = pick(rng, FIRST_OPERATIONS)
-            program: Program = (Operation(name, _small_argument(rng, name)),)
-            lengths = draw(rng, (3, 4, 5), 2)
-        else:
-            num_operations = 2 if level < 4 else 3
-            names = draw(rng, FIRST_OPERATIONS if level % 2 == 0 else LATER_OPERATIONS[:-2], num_operations)
-            program = tuple(Operation(name, _small_argument(rng, name)) for name in names)
-            lengths = draw(rng, (4, 5, 6, 7), 3)
-        inputs = [_clear_input(rng, length, program) for length in lengths]
-        examples = [(values, run_program(program, values)) for values in inputs]
+        examples: list[Example] = []
+        program: Program = ()
+        while not examples:
+            program = _draw_program(rng, level)
+            examples = _draw_examples(rng, program)
         shown = "; ".join(f"{format_list(before)} to {format_list(after)}" for before, after in examples)
         answer = format_program(program)
-        key = f"{answer}: {'; '.join(sorted(map(format_list, inputs)))}"
-        return self.problem(f"find: {shown}", _compare(program, examples[0]), answer, level=level, key=key)
+        key = f"{answer}: {'; '.join(sorted(format_list(before) for before, _ in examples))}"
+        return self.problem(f"find: {shown}", _compare(program, examples[0][0]), answer, level=level, key=key)
 
     def grade(self, problem: Problem, response: str) -> float:
         """1.0 when the program in the last `answer:` line gives all outputs, shown and hidden."""
         given = extract_answer(response)
         if given is None:
             return 0.0
+        examples = all_examples(problem)
         try:
             program = parse_program(given)
-            right = all(run_program(program, before) == after for before, after in all_examples(problem))
+            right = all(run_program(program, before) == after for before, after in examples)
         except ProgramError:
             return 0.0
         return float(right)
+
+    def guesses(self, problem: Problem) -> Sequence[str]:
+        """Every program of one small operation."""
+        return [
+            *(f"{name} {k}" for name in WITH_ARGUMENT for k in range(1, 4)),
+            *WITHOUT_ARGUMENT,
+        ]
 
 
 def all_examples(problem: Problem) -> list[Example]:
@@ -192,38 +197,50 @@ def all_examples(problem: Problem) -> list[Example]:
     return examples
 
 
+def _draw_program(rng: Random, level: int) -> Program:
+    names = FIRST_OPERATIONS if level == 1 or level % 2 == 0 else LATER_OPERATIONS[:-2]
+    return tuple(Operation(name, _small_argument(rng, name)) for name in draw(rng, names, 1 + level // 2))
+
+
 def _small_argument(rng: Random, name: str) -> int:
     if name in ("take", "drop"):
         return between(rng, 1, 2)
     return between(rng, 1, 5) if name in ("add", "sub") else between(rng, 0, 9) if name == "push" else 0
 
 
-def _clear_input(rng: Random, length: int, program: Program) -> Values:
-    """Different digits on which no result leaves 0..9 (one operation) and no list is empty."""
-    total = sum(operation.argument for operation in program if operation.name == "sub")
-    room = sum(operation.argument for operation in program if operation.name == "add")
-    digits = range(total, 10 - room) if len(program) == 1 else range(total, 10 + total)
-    if len(program) == 1 and program[0].name == "push":
-        digits = [v for v in digits if v != program[0].argument]
-    while True:
-        values = tuple(draw(rng, digits, length))
-        if run_program(program, values):
-            return values
+def _draw_examples(rng: Random, program: Program) -> list[Example]:
+    """Inputs of different digits and lengths; empty when the program does not show itself on them.
+
+    With one operation all numbers stay digits and a pushed number is new to the list. Every operation must change
+    the first example's list and leave no example empty.
+    """
+    lowest = sum(operation.argument for operation in program if operation.name == "sub")
+    highest = 9 + lowest
+    if len(program) == 1:
+        highest = 9 - sum(operation.argument for operation in program if operation.name == "add")
+    pushed = [operation.argument for operation in program if operation.name == "push"]
+    digits = [v for v in range(lowest, highest + 1) if v not in pushed]
+    lengths = draw(rng, (3, 4, 5), 2) if len(program) == 1 else draw(rng, (4, 5, 6, 7), 3)
+    examples: list[Example] = []
+    for length in lengths:
+        values = current = tuple(draw(rng, digits, length))
+        for operation in program:
+            after = apply(operation, current)
+            if not after or (not examples and after == current):
+                return []
+            current = after
+        examples.append((values, current))
+    return examples
 
 
-def _compare(program: Program, example: Example) -> list[str]:
-    before, after = example
+def _compare(program: Program, values: Values) -> list[str]:
     lines: list[str] = []
     for operation in program:
-        step = apply(operation, before)
-        seen = f"len {len(before)} {len(step)}"
-        if before and step:
-            seen += f" first {before[0]} {step[0]} last {before[-1]} {step[-1]}"
-        lines.append(f"{seen} so {_conclusion(operation, before, step)}")
-        if len(program) > 1:
-            lines[-1] += f" {format_list(step)}"
-        before = step
-    assert before == after
+        after = apply(operation, values)
+        seen = f"len {len(values)} {len(after)} first {values[0]} {after[0]} last {values[-1]} {after[-1]}"
+        listed = f" {format_list(after)}" if len(program) > 1 else ""
+        lines.append(f"{seen} so {_conclusion(operation, values, after)}{listed}")
+        values = after
     return lines
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from random import Random
-from typing import Literal
 
 from openmimo.errors import TaskError, nearest
 from openmimo.tasks.algebra import GreatestDivisor, Linear
@@ -16,7 +15,7 @@ from openmimo.tasks.problem import Problem, Task, in_test, number_from
 from openmimo.tasks.programs import Predict, Synthesize
 from openmimo.tasks.retrieval import Needle, Needles, Recall
 
-Split = Literal["train", "test"]
+SPLITS = ("train", "test")
 MAX_REDRAWS = 10_000
 
 
@@ -75,7 +74,7 @@ def sample_problem(domain: str, *, split: str, level: int, seed: int, index: int
     Raises: TaskError for an unknown domain, task, level or split.
     Cost: about ten draws for the test split, one for the train split.
     """
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise TaskError(f"unknown split {split!r}; expected 'train' or 'test'")
     rng = Random(number_from(f"{domain}/{task or ''}/{split}/{level}/{seed}/{index}"))
     if task is None:

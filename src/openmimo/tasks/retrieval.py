@@ -88,7 +88,7 @@ class Needles(Needle):
 
 
 class Recall(Task):
-    """`pairs: Ann=4 Bob=7 ...; ask Bob, Ann`: eight pairs and three questions at level 1, up to 24 and seven at level 5."""
+    """Pairs `Ann=4 Bob=7` with questions for several: 8 pairs and 3 questions at level 1, 24 and 7 at level 5."""
 
     name: ClassVar[str] = "recall"
     domain: ClassVar[str] = "retrieval"
