@@ -88,6 +88,7 @@ class Cache:
         self.length_B = torch.zeros(batch_size, dtype=torch.int64, device=where)
         self.is_empty = True
         self._last_B = self.length_B - 1
+        self._fewest_kept = 0
 
     @property
     def num_bytes(self) -> int:
@@ -106,6 +107,8 @@ class Cache:
             )
         positions_BT = self.length_B[:, None] + torch.arange(num_tokens, device=self.length_B.device)
         self._last_B = positions_BT[:, -1]
+        wraps = any(layer.is_ring and num_tokens > layer.num_slots for layer in (*self.layers, *self.mtp_heads))
+        self._fewest_kept = num_tokens - self.step_tokens if wraps else 0
         most = int(self._last_B.max()) + 1
         for layer in (*self.layers, *self.mtp_heads):
             layer.reserve(most)
@@ -113,7 +116,15 @@ class Cache:
         return positions_BT
 
     def commit(self, num_tokens_B: Tensor | int) -> None:
-        """Keep the first `num_tokens_B` of the tokens written by the step; the others are forgotten."""
+        """Keep the first `num_tokens_B` of the tokens written by the step; the others are forgotten.
+
+        Raises: ShapeError if a prompt longer than a ring keeps so few that the ring no longer has their keys.
+        """
+        if self._fewest_kept > 0 and bool((torch.as_tensor(num_tokens_B) < self._fewest_kept).any()):
+            raise ShapeError(
+                f"at least {self._fewest_kept} tokens of this step must be kept, as a ring has dropped the keys before "
+                "them; run shorter prompts apart and use copy_row, or make the cache with a larger step_tokens"
+            )
         self.length_B = self.length_B + num_tokens_B
         self.is_empty = False
 
@@ -133,6 +144,10 @@ class Cache:
     def truncate(self, length: int | Tensor) -> None:
         """Forget tokens from `length` on; at most `step_tokens` may be forgotten on sliding layers."""
         target_B = torch.as_tensor(length, device=self.length_B.device).expand_as(self.length_B)
+        if bool((target_B > self.length_B).any()):
+            raise ShapeError(
+                f"cannot truncate to {int(target_B.max())} tokens: the cache holds {self.length_B.tolist()}"
+            )
         if bool((self.length_B - target_B > self.step_tokens).any()):
             raise ShapeError(f"a ring can forget at most its last {self.step_tokens} tokens; rebuild the cache instead")
         self.length_B = target_B.clone()
