@@ -31,7 +31,7 @@ class EvalSample:
 class DomainReport:
     """A domain's figures.
 
-    `accuracy` is the mean score; `constant_baseline` what the best constant answer would get on such problems;
+    `accuracy` is the mean score; `constant_baseline` what the best answers that ignore the problem would get;
     `by_task` the accuracy of each task of the domain; `stopped` the share of answers that ended by themselves.
     """
 
@@ -76,7 +76,11 @@ def evaluate_domains(
     prompts = [render(problem.prompt) for group in problems.values() for problem in group]
     completions = iter(engine.generate(prompts, SamplingParams(max_tokens=max_tokens)))
     return {
-        domain: _report(group, [next(completions) for _ in group], _baseline(domain, level, split, seed))
+        domain: _report(
+            group,
+            [next(completions) for _ in group],
+            tasks.constant_baseline(domain, level=level, split=split, seed=seed),
+        )
         for domain, group in problems.items()
     }
 
@@ -125,10 +129,6 @@ def _report(problems: Sequence[Problem], completions: Sequence[Completion], base
         by_task={name: _mean(values) for name, values in sorted(by_task.items())},
         samples=tuple(EvalSample(prompt=p.prompt, response=c.text, answer=p.answer, score=s) for p, c, s in rows),
     )
-
-
-def _baseline(domain: str, level: int, split: str, seed: int) -> float:
-    return tasks.constant_baseline(domain, level=level, split=split, seed=seed)
 
 
 def _mean(values: Sequence[float]) -> float:
