@@ -43,8 +43,8 @@ def measure_draft_speed(
     """
     if engine.draft_heads == 0 or num_rounds < 1 or max_tokens < 2 or not prompts:
         raise RequestError(
-            f"draft_heads={engine.draft_heads}, num_rounds={num_rounds}, max_tokens={max_tokens}, {len(prompts)} prompts:"
-            " a speed comparison needs at least 1, 1, 2 and 1"
+            f"draft_heads={engine.draft_heads}, num_rounds={num_rounds}, max_tokens={max_tokens} and "
+            f"{len(prompts)} prompts; a speed comparison needs at least 1, 1, 2 and 1"
         )
     plain = engine.with_drafts(0, uniform_steps=False)
     params = SamplingParams(max_tokens=max_tokens)

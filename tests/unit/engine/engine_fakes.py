@@ -58,7 +58,7 @@ class ByteCodec:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 

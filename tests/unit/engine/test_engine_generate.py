@@ -14,7 +14,7 @@ from openmimo.model import build_model
 
 def test_a_refilled_row_gives_what_the_prompt_gives_alone() -> None:
     """Catches a row that inherits its predecessor's keys, history or place in the results."""
-    model, prompts = small_model(), awkward_prompts(9)[::-1]
+    model, prompts = small_model(), awkward_prompts(7)[::-1]
     alone = [generate_ids(Engine(model), [prompt], 9)[0] for prompt in prompts]
     assert generate_ids(Engine(model, max_batch=3), prompts, 9) == alone
 
