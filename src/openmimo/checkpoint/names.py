@@ -80,12 +80,6 @@ def mtp_head_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def unquantized_layers(config: ModelConfig) -> list[str]:
-    """`ignored_layers` of the Hub's FP8 configuration; its last name means the output projections of MTP heads."""
-    names = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(config.num_layers)]
-    return [*names, "model.decoder.self_attn.o_proj"]
-
-
 def _main_layer(config: ModelConfig, layer: int) -> Iterator[HubTensor]:
     hub, ours = f"model.layers.{layer}", f"layers.{layer}"
     yield _norm(config, f"{hub}.input_layernorm", f"{ours}.input_layernorm")

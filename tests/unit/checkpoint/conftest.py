@@ -51,6 +51,15 @@ def rank_config(config: ModelConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
+def one_rank_config(rank_config: ModelConfig) -> ModelConfig:
+    """One global KV head: both FP8 grids have the same scale shapes, so only the layout tells them apart."""
+    return rank_config.replace(
+        global_attention=attention(1, (192, 128), heads=2, window=None),
+        sliding_attention=attention(2, (192, 128), heads=2, window=5),
+    )
+
+
+@pytest.fixture(scope="session")
 def make_model() -> Callable[[ModelConfig], MiMoModel]:
     """A model in which every tensor, norms, sinks and router biases included, has its own random values."""
 

@@ -37,6 +37,14 @@ def test_names_of_one_layer_of_each_kind(config: ModelConfig) -> None:
     assert "model.mtp.layers.1.eh_proj.weight" in names
 
 
+def test_stacking_order_is_q_k_v_and_gate_before_up(config: ModelConfig) -> None:
+    """Saving and loading would agree with each other even if both had the order wrong."""
+    rows = {tensor.name.removeprefix("model.layers.1."): tensor.rows for tensor in hub_tensors(config)}
+    assert [rows[f"self_attn.{part}_proj.weight"] for part in "qkv"] == [(0, 48), (48, 72), (72, 88)]
+    assert [rows[f"mlp.experts.2.{part}_proj.weight"] for part in ("gate", "up", "down")] == [(0, 16), (16, 32), None]
+    assert [rows[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")] == [(0, 48), (48, 96)]
+
+
 def test_tied_embeddings_have_no_separate_head(config: ModelConfig) -> None:
     names = [tensor.name for tensor in hub_tensors(config.replace(tie_embeddings=True))]
     assert "lm_head.weight" not in names

@@ -1,0 +1,107 @@
+"""Load a checkpoint folder into a model: check every name and shape first, then fill tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from openmimo.checkpoint.coverage import check_coverage
+from openmimo.checkpoint.manifest import verify_manifest
+from openmimo.checkpoint.names import HubTensor, mtp_head_index
+from openmimo.checkpoint.reader import CheckpointReader
+from openmimo.config.model import ModelConfig
+from openmimo.errors import CheckpointError, nearest
+from openmimo.model.model import MiMoModel
+
+LoadDtype = Literal["float32", "bfloat16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A folder whose tensors were found complete and of the right shapes."""
+
+    config: ModelConfig
+    tensors: tuple[HubTensor, ...]
+    reader: CheckpointReader
+
+
+def load_model(
+    folder: str | Path, dtype: LoadDtype = "float32", *, verify: bool = False, device: str | torch.device = "cpu"
+) -> MiMoModel:
+    """Load a Hub or transformers-native checkpoint folder; FP8 ones are dequantised.
+
+    Router weights and biases stay fp32. With `verify` every file is first checked against `manifest.json`.
+    A checkpoint without any MTP tensors gives a model without MTP heads.
+    Raises: CheckpointError on damaged, missing or unexpected tensors; ConfigError on an unusable config.json.
+    Cost: peak memory is the model and one tensor of the files; `verify` reads the files twice.
+    """
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"cannot load as {dtype!r}; {nearest(dtype, _DTYPES)}")
+    with open_checkpoint(Path(folder), verify=verify) as checkpoint:
+        with torch.device("meta"):
+            model = MiMoModel(checkpoint.config)
+        state = _materialize(model, checkpoint.tensors, _DTYPES[dtype], torch.device(device))
+        with torch.no_grad():
+            for tensor in checkpoint.tensors:
+                tensor.of(state[tensor.target]).copy_(checkpoint.reader.read(tensor, checkpoint.config))
+    return model
+
+
+@contextmanager
+def open_checkpoint(folder: Path, *, verify: bool = False) -> Generator[OpenCheckpoint]:
+    """Open a folder and compare its tensors with its configuration; allocates no weights.
+
+    Raises: CheckpointError with the coverage report, ConfigError.
+    """
+    records = verify_manifest(folder) if verify else None
+    with CheckpointReader(folder) as reader:
+        unlisted = [name for name in reader.file_names if records is not None and name not in records]
+        if unlisted:
+            raise CheckpointError(f"manifest.json of {str(folder)!r} does not list {unlisted}; save the folder again")
+        config = _with_present_mtp_heads(reader.config_file.model, reader)
+        report = check_coverage(reader, config)
+        if not report.complete:
+            raise CheckpointError(
+                f"the tensors in {str(folder)!r} do not fit its config.json; use the files that belong together\n"
+                f"{report.describe()}"
+            )
+        keys = [tensor for tensor in report.loaded if tensor.pair is not None]
+        if keys:
+            reader.log_grid(keys[0], config)
+        yield OpenCheckpoint(config, report.loaded, reader)
+
+
+def _with_present_mtp_heads(config: ModelConfig, reader: CheckpointReader) -> ModelConfig:
+    """Take the number of MTP heads from the files where the configuration cannot know it."""
+    present = {index for index in map(mtp_head_index, reader.names) if index is not None}
+    if not present and config.num_mtp_heads:
+        _log.warning("%s holds no MTP heads; loading the model without them", reader.folder)
+        return config.replace(num_mtp_heads=0)
+    # transformers drops the number of heads from its config.json; gaps in their numbers show up as missing tensors.
+    return config if config.num_mtp_heads else config.replace(num_mtp_heads=len(present))
+
+
+def _materialize(
+    model: MiMoModel, tensors: tuple[HubTensor, ...], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Give every parameter and buffer of a meta model memory; returns them by name."""
+    model.to(dtype)
+    for router in model.routers():
+        router.float()
+    model.to_empty(device=device)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    state = model.state_dict()
+    unfilled = state.keys() - {tensor.target for tensor in tensors} - {"lm_head.weight"}
+    assert not unfilled, f"no checkpoint tensor fills {sorted(unfilled)}"
+    return state
