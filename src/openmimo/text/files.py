@@ -27,11 +27,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file whose top is an object. Raises: TextError if it is anything else."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, TextError):
-            raise
         raise TextError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise TextError(f"{path} holds a {type(value).__name__}; expected a JSON object")

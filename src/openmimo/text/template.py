@@ -1,215 +1,219 @@
-"""The chat template: messages to token ids, by the published rules.
+"""The chat template: a conversation to token ids, and to a training target.
 
-Rules: ChatML without a newline after `<|im_end|>`; the first turn is always the system's; the assistant's turns are
-`<think>{reasoning}</think>{content}`; with thinking off the generation prompt ends in an empty think pair.
-What people write goes in as plain tokens, whatever it contains; only the template's own text makes special ones.
+How text becomes ids: what stands between two special tokens of the TEMPLATE, its own words and message
+text alike, is encoded in one go. So the ids equal those of encoding the rendered text as a whole, except
+that the name of a special token inside a message stays ordinary text.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-from collections.abc import Mapping, Sequence
-from datetime import date
+import datetime
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from openmimo.errors import TextError
+from openmimo.text.messages import Message, MessageLike, read_messages, read_tools
+from openmimo.text.mimo_template import DEFAULT_SYSTEM, MIMO_TEMPLATE
+from openmimo.text.protect import Vault
+from openmimo.text.sandbox import GuardedEnvironment
+from openmimo.text.tokenizer import TURN_END, TURN_START, AddedToken, Tokenizer
 
-from openmimo.errors import TextError, nearest
-from openmimo.text.tokenizer import Tokenizer
+MAX_CHARACTERS = 16 * 2**20
+# A template may look at and copy each character of its input this often.
+WORK_PER_CHARACTER = 32
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_PLAIN_ROLES = frozenset(("system", "user", "assistant"))
+_PLAIN_KEYS = frozenset(("role", "content"))
 
-DEFAULT_SYSTEM = "You are MiMo, a helpful AI assistant engineered by Xiaomi."
-ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_KEYS = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name"})
-MAX_OUTPUT_CHARACTERS = 16 << 20
 
-_TOOL_RULES = (
-    "\n\nTo call functions, answer with one block per call, parameter values verbatim and not quoted:\n"
-    "<tool_call>\n<function=NAME>\n<parameter=KEY>VALUE</parameter>\n</function>\n</tool_call>\n"
-    "IMPORTANT: give every required parameter, and DO NOT use function calls inside <think></think> tags."
-)
-TEMPLATE = (
-    "{%- if messages[0].role == 'system' -%}{%- set first = messages[0].content -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set first = default_system -%}{%- set turns = messages -%}{%- endif -%}"
-    "<|im_start|>system\n{{ first }}"
-    "{%- if tools -%}{{ '\n\n# Tools\n\nYou may call these functions:\n<tools>' }}"
-    "{%- for tool in tools -%}{{ '\n' ~ tool }}{%- endfor -%}{{ '\n</tools>' ~ tool_rules }}{%- endif -%}<|im_end|>"
-    "{%- for message in turns -%}"
-    "{%- if message.role == 'assistant' -%}"
-    "<|im_start|>assistant\n<think>{{ message.reasoning }}</think>{{ message.content }}"
-    "{%- for call in message.tool_calls -%}<tool_call>{{ '\n<function=' ~ call.name ~ '>\n' }}"
-    "{%- for key, value in call.arguments -%}{{ '<parameter=' ~ key ~ '>' ~ value ~ '</parameter>\n' }}{%- endfor -%}"
-    "{{ '</function>\n' }}</tool_call>{%- endfor -%}<|im_end|>"
-    "{%- elif message.role == 'tool' -%}"
-    "{%- if loop.first or turns[loop.index0 - 1].role != 'tool' -%}<|im_start|>tool{{ '\n' }}{%- endif -%}"
-    "<tool_response>{{ '\n' ~ message.content ~ '\n' }}</tool_response>"
-    "{%- if loop.last or turns[loop.index0 + 1].role != 'tool' -%}<|im_end|>{%- else -%}{{ '\n' }}{%- endif -%}"
-    "{%- else -%}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}"
-    "{%- if not enable_thinking -%}<think></think>{%- endif -%}{%- endif -%}"
-)
+def recommended_system_prompt(date: datetime.date) -> str:
+    """The system prompt that MiMo-V2-Flash's README recommends, for the given day."""
+    return (
+        "You are MiMo, an AI assistant developed by Xiaomi.\n\n"
+        f"Today's date: {date.isoformat()} {WEEKDAYS[date.weekday()]}. Your knowledge cutoff date is December 2024."
+    )
 
 
 class ChatTemplate:
-    """Renders conversations with one tokenizer. `default_system` stands where a conversation brings no system turn."""
+    """Renders conversations: by MiMo's own format, or by `template`, the Jinja text of a model's folder.
 
-    def __init__(self, tokenizer: Tokenizer, *, default_system: str = DEFAULT_SYSTEM) -> None:
-        self.tokenizer = tokenizer
-        self.default_system = default_system
-        environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
-        self._template = environment.from_string(TEMPLATE)
-        special, encode = tokenizer.special, tokenizer.encode
-        self._start, self._end = special("<|im_start|>"), special("<|im_end|>")
-        self._think = [special("<think>"), special("</think>")]
-        self._system_turn = [self._start, *encode("system\n"), *encode(default_system), self._end]
-        self._user_head = [self._start, *encode("user\n")]
-        self._assistant_head = [self._start, *encode("assistant\n")]
+    `max_characters` limits what one rendering may yield. Safe to share between threads.
+    Raises: TextError for a template that cannot be used or needs special tokens the tokenizer lacks.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, template: str | None = None, max_characters: int = MAX_CHARACTERS
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_characters = max_characters
+        self._environment = GuardedEnvironment()
+        self._template = self._environment.compile_template(MIMO_TEMPLATE if template is None else template)
+        self._lock = threading.Lock()
+        self._mimo = _MimoTurns(tokenizer) if template in (None, MIMO_TEMPLATE) else None
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[MessageLike],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
         add_generation_prompt: bool = True,
+        system: str | None = None,
     ) -> list[int]:
-        """Token ids of a conversation. Raises: TextError on a malformed message or tool."""
-        nonce = secrets.token_hex(16)
-        inserted: list[str] = []
+        """Token ids of a conversation, by default ready for the assistant's answer.
 
-        def hold(text: str) -> str:
-            inserted.append(text)
-            return f"\ue000{nonce}:{len(inserted) - 1}\ue001"
-
-        turns = [_checked_message(message, index, hold) for index, message in enumerate(messages)]
-        if not turns:
-            raise TextError("got no messages; give at least one")
-        try:
-            text = self._template.render(
-                messages=turns,
-                tools=[hold(describe_tool(tool)) for tool in tools or ()],
-                tool_rules=hold(_TOOL_RULES),
-                default_system=hold(self.default_system),
-                enable_thinking=enable_thinking,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except TemplateError as error:
-            raise TextError(f"the chat template failed: {error}") from error
-        if len(text) + sum(map(len, inserted)) > MAX_OUTPUT_CHARACTERS:
-            raise TextError(f"the conversation is longer than {MAX_OUTPUT_CHARACTERS} characters; shorten it")
-        return self._encode(text, nonce, inserted)
-
-    def render_training(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation with thinking off, and which of them the assistant writes.
-
-        The mask is true from behind the generation prompt up to and with `<|im_end|>`, so what is learned is what is
-        asked for later. Fast: no template is run; tests hold it equal to `render`.
+        `system` is the system text of a conversation that does not begin with its own.
+        Message text never becomes a special token.
+        Raises: TextError for unusable messages or tools, or a template that fails or loses a message.
         """
+        if self._mimo is not None and not tools:
+            turns = _plain_turns(messages)
+            if turns is not None and _fits(turns, self._max_characters):
+                ids = self._mimo.encode(turns, system)
+                return ids + self._mimo.prompt(enable_thinking) if add_generation_prompt else ids
+        checked = read_messages(messages)
+        if system is not None and checked[0].role != "system":
+            checked = (Message("system", system), *checked)
+        return self._render(checked, tools, enable_thinking, add_generation_prompt)
+
+    def render_training(
+        self,
+        messages: Sequence[MessageLike],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        system: str | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation, and for each whether the assistant produced it.
+
+        True from the end of what `render` would have given as the prompt (the empty think block
+        included when the turn has no reasoning) up to and including `<|im_end|>`.
+        Raises: TextError as `render` does, and for a template other than MiMo's.
+        """
+        if self._mimo is None:
+            raise TextError("training needs MiMo's own chat template; leave out `template`")
+        ids = self.render(messages, tools=tools, add_generation_prompt=False, system=system)
+        return ids, self._mimo.assistant_mask(ids)
+
+    def _render(
+        self,
+        messages: tuple[Message, ...],
+        tools: Sequence[Mapping[str, Any]] | None,
+        enable_thinking: bool,
+        add_generation_prompt: bool,
+    ) -> list[int]:
+        vault = Vault()
+        functions = [{"type": "function", "function": function} for function in read_tools(tools)]
+        variables: dict[str, Any] = {
+            "messages": [_protected(message, vault, str(place)) for place, message in enumerate(messages)],
+            "enable_thinking": enable_thinking,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": "",
+            "eos_token": TURN_END,
+        }
+        if functions:
+            variables["tools"] = vault.protect_all(functions)
+        with self._lock:
+            self._environment.filters["tojson"] = vault.to_json
+            rendered = self._environment.run(
+                self._template, variables, extra_work=WORK_PER_CHARACTER * vault.num_characters
+            )
+        stretches, seen = vault.stretches(rendered)
+        for place, message in enumerate(messages):
+            if message.content.strip() and str(place) not in seen:
+                raise TextError(f"the chat template leaves out the text of message {place} ({message.role})")
+        num_characters = sum(len(text) for text, _ in stretches)
+        if num_characters > self._max_characters:
+            raise TextError(f"the prompt has {num_characters} characters; expected at most {self._max_characters}")
+        return self._encode(stretches)
+
+    def _encode(self, stretches: Iterable[tuple[str, bool]]) -> list[int]:
         ids: list[int] = []
-        mask: list[bool] = []
+        run: list[str] = []
+        for text, by_template in stretches:
+            for piece in self._tokenizer.split_special(text) if by_template else [text]:
+                if isinstance(piece, AddedToken):
+                    ids += self._tokenizer.encode("".join(run))
+                    ids.append(piece.token_id)
+                    run.clear()
+                else:
+                    run.append(piece)
+        return ids + self._tokenizer.encode("".join(run))
 
-        def put(tokens: list[int], *, learned: bool = False) -> None:
-            ids.extend(tokens)
-            mask.extend([learned] * len(tokens))
 
-        encode = self.tokenizer.encode
-        for index, message in enumerate(messages):
-            role, content = message["role"], message["content"]
-            if index == 0 and role != "system":
-                put(self._system_turn)
-            if role == "assistant" and not message.get("tool_calls"):
-                reasoning = _reasoning_of(message)
-                put(self._assistant_head)
-                head = [self._think[0], *encode(reasoning), self._think[1]]
-                put(head, learned=bool(reasoning))
-                put([*encode(content), self._end], learned=True)
-            elif role in ("user", "system"):
-                put([*(self._user_head if role == "user" else [self._start, *encode("system\n")]), *encode(content)])
-                put([self._end])
-            else:
-                raise TextError(f"message {index}: role {role!r} with tools cannot be used for training yet")
-        return ids, mask
+class _MimoTurns:
+    """MiMo's format for turns without reasoning and tools, written out; the tokenizer takes nearly all of the time."""
 
-    def _encode(self, text: str, nonce: str, inserted: Sequence[str]) -> list[int]:
-        """Template text with special tokens, what it was given without."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._start = tokenizer.special(TURN_START)
+        self._end = tokenizer.special(TURN_END)
+        self._assistant = tokenizer.encode("assistant\n")
+        self._no_thoughts = [tokenizer.special("<think>"), tokenizer.special("</think>")]
+        self._default_system = self._turn("system", DEFAULT_SYSTEM)
+
+    def encode(self, turns: list[tuple[str, str]], system: str | None) -> list[int]:
+        """Ids of all turns, with a system turn in front where they have none."""
         ids: list[int] = []
-        seen = 0
-        for part in text.split(f"\ue000{nonce}:"):
-            number, mark, rest = part.partition("\ue001") if seen else ("", "", part)
-            if mark:
-                ids += self.tokenizer.encode(inserted[int(number)])
-            seen += 1
-            ids += self.tokenizer.encode_with_special(rest)
+        if turns[0][0] != "system":
+            ids += self._default_system if system is None else self._turn("system", system)
+        for role, content in turns:
+            ids += self._turn(role, content)
         return ids
 
+    def prompt(self, enable_thinking: bool) -> list[int]:
+        """Ids that ask for the assistant's turn."""
+        return [self._start, *self._assistant, *(() if enable_thinking else self._no_thoughts)]
 
-def recommended_system_prompt(today: date) -> str:
-    """The system prompt that the publishers of the model recommend, with the date."""
-    return (
-        "You are MiMo, an AI assistant developed by Xiaomi.\n\n"
-        f"Today's date: {today:%Y-%m-%d} {today:%A}. Your knowledge cutoff date is December 2024."
-    )
+    def assistant_mask(self, ids: list[int]) -> list[bool]:
+        """Which of `ids` an assistant produced. Turn marks never come from text, so they can be searched for."""
+        mask = [False] * len(ids)
+        stop = 0
+        for _ in range(ids.count(self._start)):
+            start = ids.index(self._start, stop)
+            stop = ids.index(self._end, start) + 1
+            body = start + 1 + len(self._assistant)
+            if ids[start + 1 : body] == self._assistant:
+                body += 2 * (ids[body : body + 2] == self._no_thoughts)
+                mask[body:stop] = [True] * (stop - body)
+        return mask
 
-
-def describe_tool(tool: Mapping[str, Any]) -> str:
-    """One tool as the XML block of the system turn. Accepts OpenAI's shape, with or without the outer `function`."""
-    function = tool.get("function", tool)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise TextError(f"tool {tool!r} has no name; give {{'name': ..., 'description': ..., 'parameters': ...}}")
-    schema = function.get("parameters") or {}
-    lines = ["<function>", f"<name>{function['name']}</name>"]
-    if function.get("description"):
-        lines.append(f"<description>{function['description']}</description>")
-    lines.append("<parameters>")
-    for name, about in (schema.get("properties") or {}).items():
-        lines += ["<parameter>", f"<name>{name}</name>"]
-        for key, value in about.items():
-            shown = value if key in ("type", "description") and isinstance(value, str) else _json(value)
-            lines.append(f"<{key}>{shown}</{key}>")
-        lines.append("</parameter>")
-    lines += [f"<{key}>{_json(value)}</{key}>" for key, value in schema.items() if key not in ("type", "properties")]
-    return "\n".join([*lines, "</parameters>", "</function>"])
+    def _turn(self, role: str, content: str) -> list[int]:
+        if role == "assistant":
+            return [*self.prompt(enable_thinking=False), *self._tokenizer.encode(content), self._end]
+        return [self._start, *self._tokenizer.encode(f"{role}\n{content}"), self._end]
 
 
-def _checked_message(message: Mapping[str, Any], index: int, hold: Any) -> dict[str, Any]:
-    role = message.get("role")
-    if role not in ROLES:
-        raise TextError(f"message {index} has role {role!r}; {nearest(str(role), ROLES)}")
-    if role == "system" and index:
-        raise TextError(f"message {index} is a system message; only the first may be one")
-    for key in message:
-        if key not in MESSAGE_KEYS:
-            raise TextError(f"message {index} has the unknown key {key!r}; {nearest(key, MESSAGE_KEYS)}")
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise TextError(f"message {index} has content of type {type(content).__name__}; expected text")
-    calls = [_checked_call(call, index, hold) for call in message.get("tool_calls") or ()]
-    if calls and role != "assistant":
-        raise TextError(f"message {index} is of role {role!r} and has tool_calls; only the assistant calls tools")
-    return {"role": role, "content": hold(content), "reasoning": hold(_reasoning_of(message)), "tool_calls": calls}
+def _plain_turns(messages: Sequence[MessageLike]) -> list[tuple[str, str]] | None:
+    """(role, content) of each message, or None if any has more than `_MimoTurns` can write."""
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        if not isinstance(message, dict) or message.keys() != _PLAIN_KEYS:
+            return None
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str) or not isinstance(role, str) or role not in _PLAIN_ROLES:
+            return None
+        if role == "assistant" and content.startswith("<think>"):
+            return None
+        turns.append((role, content))
+    return turns or None
 
 
-def _checked_call(call: Mapping[str, Any], index: int, hold: Any) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise TextError(f"message {index}: tool arguments are not JSON: {error}") from error
-    if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
-        raise TextError(f"message {index}: a tool call needs a name and an object of arguments")
-    pairs = [(hold(key), hold(value if isinstance(value, str) else _json(value))) for key, value in arguments.items()]
-    return {"name": hold(function["name"]), "arguments": pairs}
+def _fits(turns: list[tuple[str, str]], max_characters: int) -> bool:
+    return sum(len(content) for _, content in turns) <= max_characters // 2
 
 
-def _reasoning_of(message: Mapping[str, Any]) -> str:
-    return message.get("reasoning_content") or message.get("reasoning") or ""
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _protected(message: Message, vault: Vault, source: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "role": message.role,
+        "content": vault.protect(message.content, source) if message.content else "",
+    }
+    if message.reasoning_content:
+        fields["reasoning_content"] = vault.protect(message.reasoning_content)
+    if message.tool_calls:
+        calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+        fields["tool_calls"] = [{"type": "function", "function": vault.protect_all(call)} for call in calls]
+    for key, value in (("name", message.name), ("tool_call_id", message.tool_call_id)):
+        if value is not None:
+            fields[key] = vault.protect(value)
+    return fields
