@@ -16,27 +16,9 @@ GATES: dict[str, Callable[[int, int], int]] = {
     "nor": lambda a, b: 1 - (a | b),
     "xnor": lambda a, b: 1 - (a ^ b),
 }
+Gate = tuple[str, str, str, str]
+"""Its name, its kind and its two operands."""
 WIRES = "abcdefghijklmnopqrstuvwxyz"
-
-
-class _Key:
-    """Names a circuit by its shape: inputs count in the order of their use, and operands may be swapped."""
-
-    def __init__(self, bits: Mapping[str, int]) -> None:
-        self._bits = dict(bits)
-        self._label: dict[str, str] = {}
-        self._parts: list[str] = []
-
-    def add(self, name: str, kind: str, left: str, right: str) -> None:
-        known = [wire for wire in (left, right) if wire in self._label]
-        for wire in sorted({left, right} - set(known), key=lambda wire: (self._bits[wire], wire)):
-            self._label[wire] = f"{len(self._label)}={self._bits[wire]}"
-        first, second = sorted((self._label[left], self._label[right]))
-        self._parts.append(f"{kind} {first} {second}")
-        self._label[name] = f"{len(self._label)}"
-
-    def text(self) -> str:
-        return ";".join(self._parts)
 
 
 class Circuit(Task):
@@ -54,7 +36,8 @@ class Circuit(Task):
         kinds = tuple(GATES)[: level + 2]
         value = {wire: below(rng, 2) for wire in WIRES[:num_inputs]}
         inputs = " ".join(f"{wire}{bit}" for wire, bit in value.items())
-        gates, work, key = [inputs], list[str](), _Key(value)
+        bits = dict(value)
+        gates, work, wiring = [inputs], list[str](), list[Gate]()
         for index in range(num_gates):
             name = WIRES[num_inputs + index]
             kind = pick(rng, kinds)
@@ -62,12 +45,25 @@ class Circuit(Task):
             value[name] = GATES[kind](value[left], value[right])
             gates.append(f"{name} = {left} {kind} {right}")
             work.append(f"{name} = {left}{value[left]} {kind} {right}{value[right]}: {name}{value[name]}")
-            key.add(name, kind, left, right)
+            wiring.append((name, kind, left, right))
         outputs = WIRES[num_inputs : num_inputs + num_gates]
         answer = " ".join(f"{name}{value[name]}" for name in outputs)
-        return self.problem(
-            f"circuit: {'; '.join(gates)}", [f"so {'; '.join(work)}"], answer, level=level, key=key.text()
-        )
+        key = self.shape(bits, wiring)
+        return self.problem(f"circuit: {'; '.join(gates)}", [f"so {'; '.join(work)}"], answer, level=level, key=key)
+
+    @staticmethod
+    def shape(bits: Mapping[str, int], gates: Sequence[Gate]) -> str:
+        """The circuit without names: inputs count in the order of their use, and operands may be swapped."""
+        label: dict[str, str] = {}
+        parts: list[str] = []
+        for name, kind, left, right in gates:
+            new = [wire for wire in (left, right) if wire not in label]
+            for wire in sorted(new, key=lambda wire: (bits[wire], wire)):
+                label[wire] = f"{len(label)}={bits[wire]}"
+            first, second = sorted((label[left], label[right]))
+            parts.append(f"{kind} {first} {second}")
+            label[name] = str(len(label))
+        return ";".join(parts)
 
     @staticmethod
     def _operands(rng: Random, index: int, num_inputs: int) -> tuple[str, str]:

@@ -14,8 +14,8 @@ class Ordering(Task):
     """Four (level 1) to eight names. Each neighbouring pair is stated once, so the order is unique.
 
     From level 2 on some pairs are stated the other way round, from level 3 on true pairs are added that follow from
-    the others. The worked answer climbs from the larger name of the first pair to the top (`none` is above it); the
-    answer then follows the pairs down.
+    the others. The worked answer lists the smaller names of all pairs, then says of each larger one whether it is among
+    them: the one that is not comes first, and the answer follows the pairs down from it.
     """
 
     name: ClassVar[str] = "order"
@@ -29,15 +29,18 @@ class Ordering(Task):
             extra = (upper, upper + 2 + below(rng, len(chain) - upper - 2))
             if extra not in ranks:
                 ranks.append(extra)
-        ranks = draw(rng, ranks, len(ranks))
+        # Pairs in their true order would let "as they appear" be right in a third of the problems, not a fifth.
+        in_order = sorted(ranks)
+        while ranks == in_order:
+            ranks = draw(rng, in_order, len(in_order))
         pairs = [
             f"{chain[low]} < {chain[high]}" if level > 1 and rng.random() < 0.5 else f"{chain[high]} > {chain[low]}"
             for high, low in ranks
         ]
-        climb = " < ".join([*chain[ranks[0][0] :: -1], "none"])
-        return self.problem(
-            f"order: {'; '.join(pairs)}", [f"up {climb}"], " > ".join(chain), level=level, key=" ".join(chain)
-        )
+        smaller = list(dict.fromkeys(chain[low] for _, low in ranks))
+        larger = list(dict.fromkeys(chain[high] for high, _ in ranks))
+        work = f"right {' '.join(smaller)}; left {' '.join(f'{n} yes' if n in smaller else f'{n} no' for n in larger)}"
+        return self.problem(f"order: {'; '.join(pairs)}", [work], " > ".join(chain), level=level, key=" ".join(chain))
 
     def guesses(self, problem: Problem) -> Sequence[str]:
         """All fixed orders of the names as they appear in the prompt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from random import Random
 from typing import ClassVar
 
@@ -183,7 +184,8 @@ class Synthesize(Task):
         ]
 
 
-def all_examples(problem: Problem) -> list[Example]:
+@lru_cache(maxsize=1024)  # a problem is graded once per sample of a group
+def all_examples(problem: Problem) -> tuple[Example, ...]:
     """The examples of the prompt, then the hidden ones."""
     examples: list[Example] = []
     for pair in problem.prompt.removeprefix("find:").split(";"):
@@ -194,7 +196,7 @@ def all_examples(problem: Problem) -> list[Example]:
     for _ in range(NUM_HIDDEN_EXAMPLES):
         values = tuple(between(rng, 0, 30) for _ in range(between(rng, 1, 8)))
         examples.append((values, run_program(program, values)))
-    return examples
+    return tuple(examples)
 
 
 def _draw_program(rng: Random, level: int) -> Program:

@@ -25,8 +25,8 @@ def filler_sentence(rng: Random) -> str:
 class Needle(Task):
     """Facts `Ann has #472.` between filler sentences; the question names one person (or `num_asked`).
 
-    `sentences` replaces the generated filler. The text is filled up to `LENGTHS[level - 1]` characters; there are two
-    facts more than the level's number, up to ten, and always at least one that is not asked for.
+    `sentences` replaces the generated filler. The text is filled up to `LENGTHS[level - 1]` characters; there are three
+    facts more than the level's number, up to ten.
     Raises: TaskError for sentences that are empty or could be read as facts.
     """
 
@@ -42,7 +42,7 @@ class Needle(Task):
         self._sentences = tuple(sentences)
 
     def generate(self, rng: Random, level: int) -> Problem:
-        people = draw(rng, NAMES, min(level + 2, 10))
+        people = draw(rng, NAMES, min(level + 3, 10))
         facts = [f"{person} has #{between(rng, 100, 999)}" for person in people]
         text = self._haystack(rng, [f"{fact}." for fact in facts], LENGTHS[level - 1])
         asked = draw(rng, range(len(facts)), self.num_asked)
