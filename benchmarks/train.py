@@ -1,0 +1,223 @@
+"""Training speed beside transformers: forward, backward and AdamW of the same architecture, in turns in one process.
+
+    python benchmarks/train.py --preset tiny --batch 8 --length 512 --steps 5
+
+Both sides train next-token loss in bf16 on the same tokens with gradient clipping; MTP heads, which transformers does
+not have, are off unless `--mtp-heads` asks for them. transformers runs in the fastest of its settings, found by a short
+probe of all of them. Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import describe_machine, in_turns, matmul_peak, print_result, print_table, spread, timed
+from openmimo.config.model import AttentionKind, ModelConfig, preset
+from openmimo.model import build_model
+from openmimo.train.optimizer import MasterAdamW
+from openmimo.train.step import StepSettings, train_step
+
+LEARNING_RATE = 1e-4
+# The gathered expert weights of `batched_mm`, in bytes per layer, above which it is not probed.
+BATCHED_LIMIT = 2 << 30
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class TheirSettings:
+    """`autocast`: fp32 weights under bf16 autocast; otherwise weights in bf16."""
+
+    autocast: bool
+    experts: str
+
+    @property
+    def name(self) -> str:
+        return f"{'autocast' if self.autocast else 'bf16 weights'}, experts {self.experts}"
+
+
+def our_step(config: ModelConfig, tokens_BT: Tensor) -> Step:
+    """The step of `openmimo train`: bf16 model, fp32 masters."""
+    model = build_model(config, dtype=torch.bfloat16).train()
+    optimizer = MasterAdamW(model.named_parameters())
+    settings = StepSettings(
+        num_mtp_heads=config.num_mtp_heads, mtp_weight=0.3, balance_weight=1e-5, bias_update_rate=1e-3
+    )
+    documents_BT = torch.zeros_like(tokens_BT)
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+
+    def step() -> object:
+        return train_step(
+            model,
+            optimizer,
+            tokens_BT,
+            documents_BT,
+            positions_BT,
+            mask_BT,
+            learning_rate=LEARNING_RATE,
+            settings=settings,
+        )
+
+    return step
+
+
+def their_step(config: ModelConfig, tokens_BT: Tensor, settings: TheirSettings) -> Step:
+    """transformers' model of the same shape, with its own loss and PyTorch's fused AdamW."""
+    from transformers import MiMoV2FlashForCausalLM
+
+    model = MiMoV2FlashForCausalLM(their_config(config)).train()
+    model.set_experts_implementation(settings.experts)
+    if not settings.autocast:
+        model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> object:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
+            loss = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def their_config(config: ModelConfig) -> object:
+    """The same shape in transformers' words."""
+    from transformers import MiMoV2FlashConfig
+
+    moe, whole, local = config.moe, config.global_attention, config.sliding_attention
+    assert moe is not None
+    assert local.num_kv_heads == 2 * whole.num_kv_heads
+    names = {AttentionKind.GLOBAL: "full_attention", AttentionKind.SLIDING: "sliding_attention"}
+    return MiMoV2FlashConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.dense_dim,
+        moe_intermediate_size=moe.expert_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=whole.num_heads,
+        num_key_value_heads=whole.num_kv_heads,
+        head_dim=whole.qk_head_dim,
+        v_head_dim=whole.v_head_dim,
+        sliding_window=local.window_keys,
+        n_routed_experts=moe.num_experts,
+        num_experts_per_tok=moe.num_experts_per_token,
+        layer_types=[names[kind] for kind in config.layer_kinds],
+        mlp_layer_types=["sparse" if sparse else "dense" for sparse in config.layer_is_moe],
+        rope_parameters={
+            names[kind]: {
+                "rope_type": "default",
+                "rope_theta": config.attention(kind).rope_theta,
+                "partial_rotary_factor": config.rope_fraction,
+            }
+            for kind in AttentionKind
+        },
+        max_position_embeddings=config.max_positions,
+        bos_token_id=None,
+        attn_implementation="eager",
+    )
+
+
+def fastest_settings(config: ModelConfig, tokens_BT: Tensor) -> tuple[TheirSettings, dict[str, float]]:
+    """The fastest of three steps after a warm-up, for every setting of theirs; returns the best and all seconds by name."""
+    moe = config.moe
+    assert moe is not None
+    gathered = 2 * tokens_BT.numel() * moe.num_experts_per_token * 3 * moe.expert_dim * config.hidden_size
+    implementations = ["eager", "grouped_mm", *(["batched_mm"] if gathered <= BATCHED_LIMIT else [])]
+    seconds: dict[TheirSettings, float] = {}
+    for experts in implementations:
+        for autocast in (False, True):
+            settings = TheirSettings(autocast, experts)
+            step = their_step(config, tokens_BT, settings)
+            step()
+            seconds[settings] = min(timed(step) for _ in range(3))
+    best = min(seconds, key=lambda settings: seconds[settings])
+    return best, {settings.name: value for settings, value in seconds.items()}
+
+
+def train_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Three times the forward matmuls: active weights, the output head, and scores over the visible keys only."""
+    moe, total = config.moe, config.vocab_size * config.hidden_size
+    for kind, sparse in zip(config.layer_kinds, config.layer_is_moe, strict=True):
+        total += attention_macs(config, kind, length)
+        if sparse and moe is not None:
+            total += config.hidden_size * (moe.num_experts + 3 * moe.expert_dim * moe.num_experts_per_token)
+        else:
+            total += 3 * config.hidden_size * config.dense_dim
+    head = 2 * config.hidden_size**2 + attention_macs(config, AttentionKind.SLIDING, length)
+    head += config.hidden_size * (3 * config.dense_dim + config.vocab_size)
+    return 3.0 * 2.0 * (total + config.num_mtp_heads * head)
+
+
+def attention_macs(config: ModelConfig, kind: AttentionKind, length: int) -> float:
+    """Multiply-adds per token of one attention layer, averaged over a sequence."""
+    g = config.attention(kind)
+    window = min(g.window_keys or length, length)
+    keys = (window * (window + 1) / 2 + (length - window) * window) / length
+    qk, v = g.qk_head_dim, g.v_head_dim
+    projections = config.hidden_size * (g.num_heads * (qk + v) + g.num_kv_heads * (qk + v))
+    return projections + g.num_heads * (qk + v) * keys
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--mtp-heads", type=int, default=0, help="MTP heads that our side trains in addition")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+    config = preset(options.preset).replace(num_mtp_heads=options.mtp_heads)
+    tokens_BT = torch.randint(config.vocab_size, (options.batch, options.length))
+    best, probe = fastest_settings(config, tokens_BT)
+    arms = {"openmimo": our_step(config, tokens_BT), "transformers": their_step(config, tokens_BT, best)}
+    peak_before = matmul_peak(torch.bfloat16)
+    seconds = in_turns(arms, rounds=options.steps, warm_up=2)
+    peak = max(peak_before, matmul_peak(torch.bfloat16))
+
+    num_tokens = tokens_BT.numel()
+    flops = num_tokens * train_flops_per_token(config, options.length)
+    plain_flops = num_tokens * train_flops_per_token(config.replace(num_mtp_heads=0), options.length)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    utilisation = {
+        "openmimo": flops / medians["openmimo"] / peak,
+        "transformers": plain_flops / medians["transformers"] / peak,
+    }
+    rows = [
+        [name, medians[name], num_tokens / medians[name], spread(seconds[name]), utilisation[name]] for name in arms
+    ]
+    ratios = [theirs / ours for ours, theirs in zip(seconds["openmimo"], seconds["transformers"], strict=True)]
+    ratio = statistics.median(ratios)
+    print(
+        f"{options.preset}, {options.batch} x {options.length} tokens, {options.threads} threads; theirs: {best.name}"
+    )
+    print_table(("side", "s/step", "tokens/s", "spread", "of matmul peak"), rows)
+    print(f"ratio {ratio:.2f} (pairs {min(ratios):.2f} to {max(ratios):.2f}); matmul peak {peak / 1e9:.0f} GFLOP/s")
+    figures = {
+        "options": vars(options),
+        "seconds": seconds,
+        "tokens_per_second": {name: num_tokens / median for name, median in medians.items()},
+        "ratio": ratio,
+        "utilisation": utilisation,
+        "matmul_peak_flops": peak,
+        "their_settings": best.name,
+        "their_probe_seconds": probe,
+    }
+    print_result("train", describe_machine(), figures)
+
+
+if __name__ == "__main__":
+    main()
