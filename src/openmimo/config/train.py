@@ -35,6 +35,14 @@ class StageKind(StrEnum):
     SFT = "sft"
 
 
+class Packing(StrEnum):
+    """How documents fill rows: cut at row ends, or kept whole with some padding. `auto` cuts in pre-training only."""
+
+    AUTO = "auto"
+    SPLIT = "split"
+    WHOLE = "whole"
+
+
 class Schedule(StrEnum):
     """How the learning rate moves from `lr_start` to `lr_end` after the warm-up."""
 
@@ -96,12 +104,13 @@ class ModelRecipe:
 class SourceRecipe:
     """One stream of documents and its share of the tokens, `weight` over the sum of all weights.
 
-    `task` sources need `domain` and may set `levels` and `split`; `text` sources need `path`.
+    `task` sources need `domain` and may name one `task` of it, `levels` and `split`; `text` sources need `path`.
     """
 
     kind: SourceKind
     weight: float = 1.0
     domain: str = ""
+    task: str = ""
     levels: tuple[int, ...] = (1,)
     split: str = "train"
     path: str = ""
@@ -111,6 +120,8 @@ class SourceRecipe:
         needed, foreign = ("domain", "path") if self.kind is SourceKind.TASK else ("path", "domain")
         if not getattr(self, needed) or getattr(self, foreign):
             raise ConfigError(f"a {self.kind.value} source needs {needed!r} and takes no {foreign!r}")
+        if self.task and self.kind is not SourceKind.TASK:
+            raise ConfigError(f"a {self.kind.value} source takes no task={self.task!r}; remove it")
         if not self.levels or min(self.levels) < 0:
             raise ConfigError(f"levels={self.levels} must be one or more whole numbers of at least 0")
         if self.split not in SPLITS:
@@ -142,6 +153,7 @@ class DataRecipe:
     sequence_length: int
     batch_sequences: int
     sources: tuple[SourceRecipe, ...]
+    packing: Packing = Packing.AUTO
 
     def __post_init__(self) -> None:
         _require(self, positive=("sequence_length", "batch_sequences"))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from openmimo.config.train import DataRecipe, SourceRecipe
 
 STAGES = ("pretrain", "sft")
+# Tokens of a text that are handled at once where documents may be cut anyway.
+LONGEST_SPLIT_DOCUMENT = 8192
 
 
 def build_loader(
@@ -33,7 +35,7 @@ def build_loader(
     """The loader that a recipe describes, at its start or behind the batch whose cursor is given.
 
     Stage `pretrain`: plain text, every token a target, documents cut at row ends. Stage `sft`: conversations (which
-    need `template`), the assistant's tokens targets, documents kept whole.
+    need `template`), the assistant's tokens targets, documents kept whole. The recipe's `packing` may say otherwise.
 
     Raises: DataError for an unknown stage or source kind, missing files, or a cursor of another recipe.
     """
@@ -41,15 +43,17 @@ def build_loader(
         raise DataError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
     if stage == "sft" and template is None:
         raise DataError("stage 'sft' renders conversations but got no chat template; pass `template`")
+    whole = recipe.packing.value == "whole" or (recipe.packing.value == "auto" and stage == "sft")
+    longest = recipe.sequence_length if whole else max(recipe.sequence_length, LONGEST_SPLIT_DOCUMENT)
     sources = [
-        _build_source(source, tokenizer, seed=seed, stage=stage, template=template, max_tokens=recipe.sequence_length)
+        _build_source(source, tokenizer, seed=seed, stage=stage, template=template, max_tokens=longest)
         for source in recipe.sources
     ]
     mixture = Mixture(sources, [source.weight for source in recipe.sources])
     packer = Packer(
         recipe.sequence_length,
         recipe.batch_sequences,
-        mode=PackingMode.SPLIT if stage == "pretrain" else PackingMode.WHOLE,
+        mode=PackingMode.WHOLE if whole else PackingMode.SPLIT,
     )
     return BatchLoader(mixture, packer, cursor=cursor, rank=rank, world_size=world_size, prefetch=prefetch)
 
@@ -73,6 +77,7 @@ def _build_source(
                 seed=seed,
                 tokenizer=tokenizer,
                 template=template if sft else None,
+                task=recipe.task or None,
             )
         case "text":
             return TextSource(
@@ -81,7 +86,7 @@ def _build_source(
                 tokenizer=tokenizer,
                 template=template,
                 assistant_only=sft,
-                max_document_tokens=max_tokens if sft else max(max_tokens, 8192),
+                max_document_tokens=max_tokens,
             )
         case other:
             raise DataError(f"unknown source kind {other!r}: {nearest(str(other), ('task', 'text'))}")

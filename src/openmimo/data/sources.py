@@ -48,7 +48,7 @@ class Source(Protocol):
 
 
 class TaskSource:
-    """Problems of one domain with their worked answers; problem `i` is the same whoever makes it.
+    """Problems of one domain, or of one `task` of it, with worked answers; problem `i` is the same whoever makes it.
 
     With a `template` a document is a conversation (prompt by the user, solution by the assistant) and the assistant's
     tokens are the targets; without one it is the text `prompt`, a line end, `solution`, and all of it is target.
@@ -64,11 +64,13 @@ class TaskSource:
         seed: int,
         tokenizer: Encoder,
         template: TrainingTemplate | None = None,
+        task: str | None = None,
     ) -> None:
         if not levels:
             raise DataError(f"task source {domain!r} got no levels; give at least one, such as levels = [1]")
-        self.name = f"task:{domain}"
+        self.name = f"task:{domain}" if task is None else f"task:{domain}.{task}"
         self._domain = domain
+        self._task = task
         self._levels = tuple(levels)
         self._split = split
         self._seed = seed
@@ -80,7 +82,12 @@ class TaskSource:
         """The document at the position; moves on."""
         round_index, turn = divmod(self._index, len(self._levels))
         problem = tasks.sample_problem(
-            self._domain, split=self._split, level=self._levels[turn], seed=self._seed, index=round_index
+            self._domain,
+            split=self._split,
+            level=self._levels[turn],
+            seed=self._seed,
+            index=round_index,
+            task=self._task,
         )
         self._index += 1
         if self._template is None:

@@ -131,7 +131,8 @@ class _Run:
         with build_loader(
             data,
             self.tokenizer,
-            seed=self.recipe.seed,
+            # Each stage draws problems and orders of its own.
+            seed=self.recipe.seed * len(self.recipe.stages) + self.progress.stage,
             stage=stage.kind.value,
             template=self.template,
             cursor=self.progress.cursor,

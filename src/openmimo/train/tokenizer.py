@@ -42,7 +42,9 @@ def _sample(sources: tuple[SourceRecipe, ...], num_documents: int, seed: int) ->
         if source.kind is SourceKind.TASK:
             for index in range(share):
                 level = source.levels[index % len(source.levels)]
-                problem = sample_problem(source.domain, split="train", level=level, seed=seed, index=index)
+                problem = sample_problem(
+                    source.domain, split="train", level=level, seed=seed, index=index, task=source.task or None
+                )
                 yield f"{problem.prompt}\n{problem.solution}\n"
         else:
             yield from islice(_texts(source.path), share)

@@ -43,8 +43,8 @@ class FakeProblem:
     solution: str
 
 
-def fake_problem(domain: str, *, split: str, level: int, seed: int, index: int) -> FakeProblem:
-    digest = hashlib.blake2b(f"{domain}{split}{level}{seed}{index}".encode()).hexdigest()
+def fake_problem(domain: str, *, split: str, level: int, seed: int, index: int, task: str | None = None) -> FakeProblem:
+    digest = hashlib.blake2b(f"{domain}{task or ''}{split}{level}{seed}{index}".encode()).hexdigest()
     return FakeProblem(f"{domain} level {level} number {index}?", f"{digest[: 10 + index % 30]}\nanswer: {index}")
 
 

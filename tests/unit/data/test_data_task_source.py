@@ -10,6 +10,7 @@ import pytest
 from data_fakes import ASSISTANT, END, USER, ByteTokenizer, RoleTemplate, fake_problem
 
 from openmimo import tasks
+from openmimo.config.train import Packing
 from openmimo.data import TaskSource, build_loader
 from openmimo.errors import DataError
 
@@ -26,6 +27,7 @@ class FakeSource:
     domain: str = "arithmetic"
     levels: tuple[int, ...] = (1, 2)
     path: str = ""
+    task: str = ""
     split: str = "train"
 
 
@@ -34,6 +36,7 @@ class FakeRecipe:
     sources: tuple[FakeSource, ...]
     sequence_length: int = 64
     batch_sequences: int = 2
+    packing: Packing = Packing.AUTO
 
 
 def build(*sources: FakeSource, **options: Any):

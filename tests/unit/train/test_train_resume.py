@@ -1,0 +1,127 @@
+"""A run that is killed goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from openmimo.config.recipe import load_recipe
+from openmimo.config.train import TrainRecipe
+from openmimo.errors import CheckpointError
+from openmimo.train import loop
+
+RECIPE = """
+name = "kill"
+seed = 3
+threads = 1
+[model]
+preset = "nano"
+[tokenizer]
+vocab_size = 400
+train_documents = 60
+[data]
+sequence_length = 64
+batch_sequences = 4
+[[data.sources]]
+kind = "task"
+domain = "math"
+[[data.sources]]
+kind = "text"
+path = "{text}"
+weight = 0.5
+[checkpoint]
+every_steps = 3
+keep = 2
+[log]
+every_steps = 1
+[[stages]]
+name = "pretrain"
+steps = 14
+warmup_steps = 2
+mtp_heads = 1
+[[stages]]
+name = "sft"
+kind = "sft"
+steps = 12
+mtp_heads = 3
+[[stages.sources]]
+kind = "task"
+domain = "logic"
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text that is long enough to be cut into pieces\n" for i in range(400)))
+    path = tmp_path / "kill.toml"
+    path.write_text(RECIPE.format(text=text))
+    return path
+
+
+def weights_hash(run_dir: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted((run_dir / "model").glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def start(recipe: Path, out: Path, *, resume: bool) -> subprocess.Popen[bytes]:
+    code = "from openmimo.cli.train import train_app; train_app()"
+    command = [sys.executable, "-c", code, "pretrain", str(recipe), "--out", str(out)]
+    return subprocess.Popen([*command, "--resume"] if resume else command, stdout=subprocess.DEVNULL)
+
+
+def test_killed_at_five_random_points_ends_with_the_same_weights(recipe_path: Path, tmp_path: Path) -> None:
+    """Catches any state that is not saved: moments, balance bias, data cursor, stage, step counter."""
+    assert start(recipe_path, tmp_path / "whole", resume=False).wait(300) == 0
+    rng = random.Random(0)
+    killed = tmp_path / "killed"
+    kills = sorted(rng.sample(range(4, 25), 5))
+    for number, kill_at in enumerate(kills):
+        process = start(recipe_path, killed, resume=number > 0)
+        while not _has_reached(killed, kill_at):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    assert start(recipe_path, killed, resume=True).wait(300) == 0
+    assert weights_hash(killed) == weights_hash(tmp_path / "whole")
+
+
+def _has_reached(run_dir: Path, step: int) -> bool:
+    """Whether the run passed `step` and has a checkpoint to go on from."""
+    metrics = run_dir / "metrics.jsonl"
+    saved = any((run_dir / "checkpoints").glob("step-*"))
+    return saved and metrics.is_file() and f'"step": {step},' in metrics.read_text()
+
+
+def test_ctrl_c_saves_first(recipe_path: Path, tmp_path: Path) -> None:
+    """Catches an interrupt that loses the steps since the last checkpoint."""
+    out = tmp_path / "run"
+    process = start(recipe_path, out, resume=False)
+    while not _has_reached(out, 4):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) != 0
+    newest = max((out / "checkpoints").glob("step-*"))
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert newest.name == f"step-{last:08d}"
+
+
+def test_resume_refuses_another_recipe(recipe_path: Path, tmp_path: Path) -> None:
+    """Catches a run that silently goes on with other data or rates."""
+    out = tmp_path / "run"
+    short = ["stages.0.steps=2", "stages.0.warmup_steps=0", "stages.1.steps=2"]
+    loop.train(load_recipe(recipe_path, short, TrainRecipe), out)
+    other = load_recipe(recipe_path, [*short, "optimizer.peak_lr=1e-3"], TrainRecipe)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        loop.train(other, out, resume=True)
