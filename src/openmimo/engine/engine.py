@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from openmimo.checkpoint.load import LoadDtype, load_model
 from openmimo.engine.request import Completion, Request, SamplingParams, StreamEvent
 from openmimo.engine.runner import RunningBatch, TorchRunner
 from openmimo.engine.sampler import choose_greedy, logprobs_of, sample
@@ -21,6 +23,7 @@ from openmimo.engine.sequence import Detokenizer, RunningSequence, TextCodec
 from openmimo.engine.speculate import count_kept
 from openmimo.errors import RequestError, nearest
 from openmimo.model import MiMoModel
+from openmimo.text import Tokenizer
 
 Prompt = str | Sequence[int]
 RUNNERS = ("torch",)
@@ -227,13 +230,10 @@ def _checked_heads(draft_heads: int | str, available: int) -> int:
 
 
 def _load_model(folder: Path, dtype: str) -> MiMoModel:
-    from openmimo.checkpoint import load_model
-
-    return load_model(folder, dtype=dtype)
+    # `load_model` refuses other words.
+    return load_model(folder, dtype=cast(LoadDtype, dtype))
 
 
 def _load_tokenizer(folder: Path) -> TextCodec | None:
     """The tokenizer beside the weights; None for a folder without one, which then takes token ids only."""
-    from openmimo.text import Tokenizer
-
     return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
