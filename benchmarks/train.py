@@ -128,7 +128,7 @@ def their_config(config: ModelConfig) -> object:
 
 
 def fastest_settings(config: ModelConfig, tokens_BT: Tensor) -> tuple[TheirSettings, dict[str, float]]:
-    """The fastest of three steps after a warm-up, for every setting of theirs; returns the best and all seconds by name."""
+    """Probe every setting of theirs, best of three steps after a warm-up; returns the fastest and all seconds."""
     moe = config.moe
     assert moe is not None
     gathered = 2 * tokens_BT.numel() * moe.num_experts_per_token * 3 * moe.expert_dim * config.hidden_size
