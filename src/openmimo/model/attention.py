@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,34 +146,57 @@ def masked_softmax_attention(
     Large batches run in slices so that the scores of one slice stay near the caches.
     """
     groups, rows = q_NGMK.shape[1:3]
-    per_group = rows // bias_NTL.shape[1]
-    sink_GM1 = None
     if sink_H is not None:
         k_NGLK, v_NGLV = (F.pad(x, (0, 0, 0, SINK_COLUMNS)) for x in (k_NGLK, v_NGLV))
-        sink_GM1 = (
-            sink_H.to(q_NGMK.dtype)
-            .view(groups, per_group, 1)
-            .expand(-1, -1, bias_NTL.shape[1])
-            .reshape(groups, rows, 1)
-        )
     step = max(1, SLICE_SCORES // (groups * rows * bias_NTL.shape[-1]))
     outputs: list[Tensor] = []
     for start in range(0, q_NGMK.shape[0], step):
         rows_n = slice(start, start + step)
         bias_nTL = bias_NTL if bias_NTL.shape[0] == 1 else bias_NTL[rows_n]
-        outputs.append(_softmax_slice(q_NGMK[rows_n], k_NGLK[rows_n], v_NGLV[rows_n], bias_nTL, sink_GM1, per_group))
+        outputs.append(_MaskedSoftmaxAttention.apply(q_NGMK[rows_n], k_NGLK[rows_n], v_NGLV[rows_n], bias_nTL, sink_H))  # type: ignore[arg-type]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _softmax_slice(
-    q_NGMK: Tensor, k_NGLK: Tensor, v_NGLV: Tensor, bias_NTL: Tensor, sink_GM1: Tensor | None, per_group: int
-) -> Tensor:
-    scale = q_NGMK.shape[-1] ** -0.5
-    products_NGRTL = (q_NGMK @ k_NGLK.transpose(-1, -2)).unflatten(2, (per_group, -1))
-    scores_NGML = torch.add(bias_NTL[:, None, None], products_NGRTL, alpha=scale).flatten(2, 3)
-    if sink_GM1 is not None:
-        scores_NGML[..., -SINK_COLUMNS].add_(sink_GM1[..., 0])
-    return scores_NGML.softmax(-1) @ v_NGLV
+class _MaskedSoftmaxAttention(torch.autograd.Function):
+    """Written out because the scores are by far the largest tensors of a layer: each pass over them counts.
+
+    Forward reads them four times, backward five; autograd's own form takes twice as many.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NGMK: Tensor, k_NGLK: Tensor, v_NGLV: Tensor, bias_NTL: Tensor, sink_H: Tensor | None
+    ) -> Tensor:
+        batch, groups, rows, dim = q_NGMK.shape
+        num_rows, num_keys = bias_NTL.shape[1:]
+        per_group = rows // num_rows
+        bias = bias_NTL[:, None, None].expand(batch, groups, per_group, num_rows, num_keys)
+        scores_NGRTL = bias.contiguous() if sink_H is None else bias.clone(memory_format=torch.contiguous_format)
+        if sink_H is not None:
+            scores_NGRTL[..., num_keys - SINK_COLUMNS] = sink_H.view(groups, per_group, 1)
+        scores = scores_NGRTL.view(batch * groups, rows, num_keys)
+        q, k, v = (x.reshape(batch * groups, -1, x.shape[-1]) for x in (q_NGMK, k_NGLK, v_NGLV))
+        probabilities = torch.baddbmm(scores, q, k.transpose(1, 2), alpha=dim**-0.5).softmax(-1)
+        ctx.save_for_backward(q_NGMK, k_NGLK, v_NGLV, probabilities)
+        ctx.sink = None if sink_H is None else (sink_H.shape[0], sink_H.dtype)
+        ctx.num_rows = num_rows
+        return torch.bmm(probabilities, v).view(batch, groups, rows, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NGMV: Tensor) -> tuple[Tensor | None, ...]:
+        q_NGMK, k_NGLK, v_NGLV, p = ctx.saved_tensors
+        q, k, v, grad = (x.reshape(p.shape[0], -1, x.shape[-1]) for x in (q_NGMK, k_NGLK, v_NGLV, grad_NGMV))
+        scale = q.shape[-1] ** -0.5
+        grad_v = torch.bmm(p.transpose(1, 2), grad)
+        grad_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+        grad_q = torch.bmm(grad_scores, k).mul_(scale)
+        grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(scale)
+        grad_sink = None
+        if ctx.sink is not None:
+            num_heads, dtype = ctx.sink
+            column = grad_scores[..., p.shape[-1] - SINK_COLUMNS].float()
+            grad_sink = column.view(q_NGMK.shape[0], num_heads, ctx.num_rows).sum((0, 2)).to(dtype)
+        return grad_q.view_as(q_NGMK), grad_k.view_as(k_NGLK), grad_v.view_as(v_NGLV), None, grad_sink
 
 
 def _fused_causal(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, groups: int) -> Tensor:

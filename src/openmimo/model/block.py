@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,7 @@ class RMSNorm(nn.Module):
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dim, computed in fp32, returned in x's dtype."""
-    normalized, _ = _RMSNormalize.apply(x, eps)  # type: ignore[no-untyped-call]
-    return normalized
+    return _RMSNormalize.apply(x, eps)  # type: ignore[no-any-return]
 
 
 class _RMSNormalize(torch.autograd.Function):
@@ -36,19 +37,15 @@ class _RMSNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
         scale = torch.rsqrt(mean_square + eps)
-        return (x * scale).to(x.dtype), scale
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        y, scale = output
-        ctx.mark_non_differentiable(scale)
+        y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
+        return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         projection = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) / y.shape[-1]
         return ((grad - y * projection) * scale).to(y.dtype), None

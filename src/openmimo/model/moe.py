@@ -5,7 +5,7 @@ Suffixes: N tokens (batch and time flattened), D hidden, E experts, k chosen exp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +35,13 @@ class _SwiGLU(torch.autograd.Function):
     """Saves only its input and writes both gradients into one tensor."""
 
     @staticmethod
-    def forward(gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(ctx.saved_tensors[0])
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
@@ -155,19 +152,16 @@ class _Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x_ND: Tensor, place_M: Tensor, top_k: int, num_experts: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, place_M: Tensor, top_k: int, num_experts: int) -> Tensor:
+        ctx.save_for_backward(place_M)
+        ctx.top_k = top_k
         num_rows = place_M.shape[0]
         padding = (_row_multiple(num_rows, num_experts) - 1) * num_experts
         x_PD = x_ND.new_zeros(num_rows + padding, x_ND.shape[1])
         return x_PD.index_copy_(0, place_M, x_ND.repeat_interleave(top_k, dim=0))
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        _, place_M, ctx.top_k, _ = inputs
-        ctx.save_for_backward(place_M)
-
-    @staticmethod
-    def backward(ctx, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
         (place_M,) = ctx.saved_tensors
         return grad_PD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
@@ -194,7 +188,9 @@ class SparseMLP(nn.Module):
         routing = self.gate(x_ND, None if replay_BTk is None else replay_BTk.flatten(0, 1))
         y_ND, tokens_per_expert_E = self.experts(x_ND, routing.experts_Nk, routing.weights_Nk)
         experts_BTk = routing.experts_Nk.unflatten(0, shape[:2])
-        loss = sequence_balance_loss(routing.scores_NE.unflatten(0, shape[:2]), experts_BTk)
+        loss = x_BTD.new_zeros((), dtype=torch.float32)
+        if torch.is_grad_enabled():
+            loss = sequence_balance_loss(routing.scores_NE.unflatten(0, shape[:2]), experts_BTk)
         return y_ND.view(shape), LayerRouting(experts_BTk, tokens_per_expert_E, loss)
 
 

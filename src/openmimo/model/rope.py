@@ -5,6 +5,8 @@ Suffixes: B batch, T tokens, H heads, K QK dim, R half of the rotated dims.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ class _Rotate(torch.autograd.Function):
     """The rotation writes its result once; its gradient is the rotation by the negative angle."""
 
     @staticmethod
-    def forward(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
         half = cos.shape[-1]
         first, second = x_BTHK[..., :half], x_BTHK[..., half : 2 * half]
         out = torch.empty(x_BTHK.shape, dtype=x_BTHK.dtype, device=x_BTHK.device)
@@ -42,10 +45,6 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad_BTHK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _Rotate.apply(grad_BTHK, cos, -sin), None, None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
-from openmimo.config.train import SourceKind, SourceRecipe, TrainRecipe
+from openmimo.config.train import SourceKind, SourceRecipe, StageKind, TrainRecipe
 from openmimo.data.files import find_files
 from openmimo.data.readers import open_records
 from openmimo.tasks import sample_problem
-from openmimo.text import Tokenizer, train_tokenizer
+from openmimo.text import DEFAULT_SYSTEM, Tokenizer, train_tokenizer
 
 # Text beyond this adds nothing to a small vocabulary and makes its training slow.
 SAMPLE_CHARACTERS = 2_000
@@ -24,7 +24,7 @@ def tokenizer_for(recipe: TrainRecipe, folder: Path) -> Tokenizer:
     else:
         assert wanted.vocab_size is not None
         sources = wanted.sources or _all_sources(recipe)
-        texts = _sample(sources, wanted.train_documents, recipe.seed)
+        texts = chain(_sample(sources, wanted.train_documents, recipe.seed), _frame(recipe, wanted.train_documents))
         tokenizer = train_tokenizer(texts, vocab_size=wanted.vocab_size)
     tokenizer.save(folder)
     return tokenizer
@@ -48,6 +48,15 @@ def _sample(sources: tuple[SourceRecipe, ...], num_documents: int, seed: int) ->
                 yield f"{problem.prompt}\n{problem.solution}\n"
         else:
             yield from islice(_texts(source.path), share)
+
+
+def _frame(recipe: TrainRecipe, num_documents: int) -> Iterator[str]:
+    """The words that stand in every conversation, so that they become whole tokens."""
+    if any(stage.kind is StageKind.SFT for stage in recipe.stages):
+        for _ in range(max(1, num_documents // 10)):
+            yield f"system\n{DEFAULT_SYSTEM}"
+            yield "user\n"
+            yield "assistant\n"
 
 
 def _texts(path: str) -> Iterator[str]:
