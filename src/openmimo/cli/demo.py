@@ -79,7 +79,7 @@ def _examine(
     problems = [
         sample_problem(domain, split="test", level=1, seed=seed + 1, index=index)
         for domain in DOMAINS
-        for index in range(4)
+        for index in range(2)
     ]
     single = Engine(result.model_dir, max_batch=1)
     speed = measure_draft_speed(single, [render(problem.prompt) for problem in problems], max_tokens=96)

@@ -183,7 +183,7 @@ class _MaskedSoftmaxAttention(torch.autograd.Function):
         return torch.bmm(probabilities, v).view(batch, groups, rows, -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_NGMV: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_NGMV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q_NGMK, k_NGLK, v_NGLV, p = ctx.saved_tensors
         q, k, v, grad = (x.reshape(p.shape[0], -1, x.shape[-1]) for x in (q_NGMK, k_NGLK, v_NGLV, grad_NGMV))
         scale = q.shape[-1] ** -0.5

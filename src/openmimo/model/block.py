@@ -45,7 +45,7 @@ class _RMSNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         y, scale = ctx.saved_tensors
         projection = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) / y.shape[-1]
         return ((grad - y * projection) * scale).to(y.dtype), None

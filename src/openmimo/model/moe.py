@@ -41,7 +41,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(ctx.saved_tensors[0])
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
@@ -161,7 +161,7 @@ class _Dispatch(torch.autograd.Function):
         return x_PD.index_copy_(0, place_M, x_ND.repeat_interleave(top_k, dim=0))
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (place_M,) = ctx.saved_tensors
         return grad_PD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 

@@ -45,6 +45,6 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         return _Rotate.apply(grad_BTHK, cos, -sin), None, None

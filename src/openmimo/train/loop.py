@@ -61,7 +61,7 @@ def train(recipe: TrainRecipe, run_dir: Path, *, resume: bool = False, reporter:
     """Run a recipe from nothing or, with `resume`, from its newest intact checkpoint.
 
     Writes recipe.toml, run.json, metrics.jsonl, checkpoints/ and model/ into `run_dir`.
-    Raises: TrainingError when gradients stay non-finite, TrainingInterruptedError after Ctrl-C (the state is saved first).
+    Raises: TrainingError when gradients stay non-finite, TrainingInterruptedError after Ctrl-C (which saves first).
     """
     run = _Run(recipe, run_dir, resume, reporter or Reporter())
     with run.reporter, _interrupt_flag() as interrupted:
@@ -180,8 +180,8 @@ class _Run:
         if self.skipped >= MAX_SKIPPED_STEPS:
             raise TrainingError(
                 f"{self.skipped} steps in a row had a non-finite gradient "
-                f"(last loss {float(result.losses.total.detach())}); the weights are those before the first of them: lower "
-                "the learning rate or use precision fp32"
+                f"(last loss {float(result.losses.total.detach())}); the weights are those before them: "
+                "lower the learning rate or use precision fp32"
             )
 
     def _log(
@@ -195,7 +195,7 @@ class _Run:
         zeros = monitors.num_zeros(self.model)
         monitor_share = (time.perf_counter() - watch) / every / seconds
         flops = 3 * monitors.forward_flops_per_token(self.model, batch.token_ids_BT.shape[1], stage.mtp_heads)
-        losses = result.losses
+        losses, load_LE = result.losses, result.tokens_per_expert_LE
         record = {
             "step": self.progress.step,
             "stage": stage.name,
@@ -207,9 +207,7 @@ class _Run:
             "applied": result.applied,
             "num_zeros": zeros,
             "monitor_share_of_step": monitor_share,
-            "expert_load": None
-            if result.tokens_per_expert_LE is None
-            else monitors.expert_load(result.tokens_per_expert_LE),
+            "expert_load": None if load_LE is None else monitors.expert_load(load_LE),
             "tokens": self.progress.tokens,
             "tokens_per_second": batch.num_tokens / (seconds + waited),
             "data_wait_share": waited / (seconds + waited),
