@@ -30,7 +30,7 @@ class Ordering(Task):
             if extra not in ranks:
                 ranks.append(extra)
         # Pairs in their true order would let "as they appear" be right in a third of the problems, not a fifth.
-        in_order = sorted(ranks)
+        in_order = ranks = sorted(ranks)
         while ranks == in_order:
             ranks = draw(rng, in_order, len(in_order))
         pairs = [

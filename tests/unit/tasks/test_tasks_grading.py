@@ -145,6 +145,13 @@ def test_constants_score_low_at_level_one(domain: str) -> None:
         assert task_baseline(list(problems(domain, task.name, 1, 300, "test"))) < 0.35
 
 
+@pytest.mark.parametrize(("domain", "task"), [(domain, task.name) for domain in domains() for task in tasks(domain)])
+def test_constants_score_low_at_higher_levels(domain: str, task: str) -> None:
+    """Catches statements that are no longer shuffled, or another short cut that only harder problems have."""
+    for level in (2, 3, 5):
+        assert task_baseline(list(problems(domain, task, level, 80))) < 0.4
+
+
 def test_baselines_find_what_a_guess_scores() -> None:
     """Catches a baseline that is low because its guesses are malformed."""
     assert 0.2 < task_baseline(list(problems("logic", "knights", 1, 400))) < 0.33
