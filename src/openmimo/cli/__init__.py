@@ -1,0 +1,1 @@
+"""The `openmimo` command; `main.py` names its verbs."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 import openmimo
 from openmimo.errors import MimoError
@@ -24,9 +25,16 @@ VERBS: Mapping[str, tuple[str, str]] = {
 }
 
 
+class VerbGroup(TyperGroup):
+    """Lists the verbs in the order of the table; by itself Typer puts groups behind commands."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        return list(VERBS)
+
+
 def build_app() -> typer.Typer:
     """The command with all its verbs."""
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=VerbGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_options)
     for verb, (module, attribute) in VERBS.items():
         found = getattr(importlib.import_module(module), attribute)
