@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_schedules_hit_their_ends() -> None:
         assert rates[0] == pytest.approx(0.1)
         assert rates[9] == pytest.approx(1.0)
         assert rates[-1] == pytest.approx(end)
-        assert all(a >= b - 1e-12 for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert all(a >= b - 1e-12 for a, b in pairwise(rates[10:]))
     middle = learning_rate("cosine", 5, steps=11, warmup=0, start=1.0, end=0.0)
     assert middle == pytest.approx(0.5)
     assert math.isfinite(learning_rate("cosine", 0, steps=1, warmup=0, start=1.0, end=0.0))

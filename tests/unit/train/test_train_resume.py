@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from openmimo.config.recipe import load_recipe
 from openmimo.config.train import TrainRecipe
 from openmimo.errors import CheckpointError

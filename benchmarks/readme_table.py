@@ -1,0 +1,121 @@
+"""Write the measured table into both READMEs from the JSON lines in `benchmarks/results`.
+
+    python benchmarks/train.py | tail -n 1 > benchmarks/results/train.json
+    cp runs/demo/report.json benchmarks/results/demo-0.json
+    python benchmarks/readme_table.py
+
+Every figure comes from a file; a file that is missing leaves its rows out.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- measured: start -->", "<!-- measured: end -->"
+HEADS = {"README.md": ("what", "command", "figure"), "README.zh-CN.md": ("项目", "命令", "数值")}
+MACHINE = {"README.md": "Machine: {}.", "README.zh-CN.md": "机器 {}。"}
+
+Rows = list[tuple[str, str, str]]
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def demo_rows() -> Rows:
+    """Accuracy, acceptance and time over the seeds that were run."""
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-*.json"))]
+    if not reports:
+        return []
+    rows: Rows = []
+    command = f"`openmimo demo --seed N`, {len(reports)} seeds"
+    for domain in reports[0]["domains"]:
+        accuracy = ", ".join(f"{100 * r['domains'][domain]['accuracy']:.1f}%" for r in reports)
+        constant = max(r["domains"][domain]["constant_baseline"] for r in reports)
+        rows.append(
+            (f"demo, {domain}: held-out accuracy", command, f"{accuracy} (best constant {100 * constant:.1f}%)")
+        )
+    lengths = [", ".join(f"{value:.2f}" for value in r["acceptance_length"].values()) for r in reports]
+    rows.append(("demo: tokens per step with 3 heads, of 4 (math, code, logic)", command, "; ".join(lengths)))
+    speed = ", ".join(f"{r['draft_speedup']:.2f}x" for r in reports)
+    same = all(r["identical_output"] for r in reports)
+    rows.append(
+        ("demo: decoding with drafts / without", command, f"{speed}; output {'identical' if same else 'DIFFERS'}")
+    )
+    minutes = ", ".join(f"{r['seconds'] / 60:.1f} min" for r in reports)
+    tokens = f"{reports[0]['tokens'] / 1e6:.1f} M tokens"
+    rows.append(("demo: time after set-up", command, f"{minutes} for {tokens}"))
+    return rows
+
+
+def train_rows() -> Rows:
+    rows: Rows = []
+    for preset in ("tiny", "small"):
+        found = read(f"train-{preset}")
+        if found is not None:
+            ours, theirs = (found["tokens_per_second"][name] for name in ("openmimo", "transformers"))
+            share, peak = 100 * found["utilisation"]["openmimo"], found["matmul_peak_flops"] / 1e9
+            figure = (
+                f"{found['ratio']:.1f}x ({ours:,.0f} / {theirs:,.0f} tokens/s); {share:.0f}% of the matmul peak "
+                f"of the same run, {peak:.0f} GFLOP/s"
+            )
+            label = f"training `{preset}` in bf16 beside transformers ({found['their_settings']})"
+            rows.append((label, f"`python benchmarks/train.py --preset {preset}`", figure))
+    return rows
+
+
+def attention_rows() -> Rows:
+    found = read("attention")
+    if found is None:
+        return []
+    rows: Rows = []
+    for backward, label in ((False, "forward"), (True, "forward + backward")):
+        points = [m for m in found["measurements"] if m["kind"] == "sliding" and m["backward"] == backward]
+        pairs = list(pairwise(points))
+        times = [b["seconds"] / a["seconds"] for a, b in pairs]
+        memory = [b["peak_bytes"] / max(a["peak_bytes"], 1) for a, b in pairs]
+        figure = (
+            f"time x{median(times):.2f} (worst {max(times):.2f}), memory x{median(memory):.2f} per doubling, "
+            f"{points[0]['length']:,} to {points[-1]['length']:,} tokens"
+        )
+        rows.append((f"one sliding layer of `tiny`, {label}", "`python benchmarks/attention.py`", figure))
+    return rows
+
+
+def fuzz_rows() -> Rows:
+    found = read("checkpoint_fuzz")
+    if found is None:
+        return []
+    figure = f"{found['cases']:,} cases, {found['failures']} failures, {found['peak_mib']} MiB at most"
+    return [("mutated checkpoint and config files", "`python benchmarks/checkpoint_fuzz.py`", figure)]
+
+
+def machine() -> str:
+    found = read("train-tiny") or read("attention")
+    if found is None:
+        return "not recorded"
+    m = found["machine"]
+    features = ", ".join(m["features"])
+    return f"{m['cpu']}, {m['cores']} cores ({features}), torch {m['torch_version']}, Python {m['python']}"
+
+
+def main() -> None:
+    rows = [*demo_rows(), *train_rows(), *attention_rows(), *fuzz_rows()]
+    for name, head in HEADS.items():
+        path = ROOT / name
+        text = path.read_text()
+        before, _, rest = text.partition(START)
+        _, _, after = rest.partition(END)
+        lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * 3, *rows)]
+        path.write_text("\n".join([before + START, MACHINE[name].format(machine()), "", *lines, END]) + after)
+
+
+if __name__ == "__main__":
+    main()
