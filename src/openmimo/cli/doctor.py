@@ -107,7 +107,7 @@ def doctor_command(
 
     console = Console(highlight=False)
     if console.is_terminal:
-        _print_tables(console, report)
+        print_tables(console, report)
     else:
         for section, facts in report_facts(report).items():
             for name, value in facts:
@@ -277,7 +277,8 @@ def _gaps(
             yield Gap(what=f"{extra.purpose} ({', '.join(extra.missing)})", get=extra.get)
 
 
-def _print_tables(console: Console, report: Report) -> None:
+def print_tables(console: Console, report: Report) -> None:
+    """The report for a terminal."""
     from rich.markup import escape
     from rich.table import Table
 
