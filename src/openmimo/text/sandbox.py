@@ -14,7 +14,7 @@ from typing import Any, cast
 import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
 from openmimo.errors import TextError
@@ -33,7 +33,9 @@ TEXT_METHODS = (
 )
 # fmt: on
 MAX_NUMBER_BITS = 1024
-CALL_UNITS = 10
+# Units for one call, and for one round of a loop or one entry of a list: about their time in characters.
+CALL_UNITS = 200
+ENTRY_UNITS = 20
 
 
 class _CountWork(NodeTransformer):
@@ -80,9 +82,20 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise TextError(f"the chat template cannot be used: {error}; correct its Jinja syntax") from error
 
-    def run(self, template: jinja2.Template, variables: Mapping[str, Any], *, extra_work: int = 0) -> str:
-        """The template's output. Raises: TextError for whatever goes wrong in it, or for too much work."""
+    def run(
+        self,
+        template: jinja2.Template,
+        variables: Mapping[str, Any],
+        *,
+        to_json: Callable[..., str],
+        extra_work: int = 0,
+    ) -> str:
+        """The template's output; `to_json` becomes its `tojson` filter. Not for two threads at once.
+
+        Raises: TextError for whatever goes wrong in the template, or for too much work.
+        """
         self._left = self._max_work + extra_work
+        self.filters["tojson"] = self._counted(to_json)
         try:
             return "".join(template.generate(variables))
         except TextError:
@@ -100,6 +113,10 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(obj, str):
             return attr in TEXT_METHODS
         return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        # Jinja's own would print as nothing.
+        raise SecurityError(f"{attribute!r} of {type(obj).__name__} is not for templates")
 
     def wrap_str_format(self, value: Any) -> None:
         return None  # `format` is not among TEXT_METHODS
@@ -131,7 +148,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         pending = [value]
         while pending:
             item = pending.pop()
-            self.spend(1 + (len(item) if isinstance(item, str) else 0))
+            self.spend(len(item) if isinstance(item, str) else ENTRY_UNITS)
             if isinstance(item, Mapping):
                 pending += [part for pair in cast(Mapping[Any, Any], item).items() for part in pair]
             elif isinstance(item, list | tuple):
@@ -150,7 +167,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
 
     def _loop(self, items: Iterable[Any]) -> list[Any]:
         rounds = list(items)
-        self.spend(CALL_UNITS * (1 + len(rounds)))
+        self.spend(ENTRY_UNITS * (1 + len(rounds)))
         return rounds
 
     def _join(self, parts: Iterable[Any], d: str = "") -> str:

@@ -114,9 +114,11 @@ class ChatTemplate:
         if functions:
             variables["tools"] = vault.protect_all(functions)
         with self._lock:
-            self._environment.filters["tojson"] = vault.to_json
             rendered = self._environment.run(
-                self._template, variables, extra_work=WORK_PER_CHARACTER * vault.num_characters
+                self._template,
+                variables,
+                to_json=vault.to_json,
+                extra_work=WORK_PER_CHARACTER * vault.num_characters,
             )
         stretches, seen = vault.stretches(rendered)
         for place, message in enumerate(messages):
