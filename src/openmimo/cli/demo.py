@@ -84,8 +84,9 @@ def _examine(
     single = Engine(result.model_dir, max_batch=1)
     speed = measure_draft_speed(single, [render(problem.prompt) for problem in problems], max_tokens=96)
     console.print(
-        f"one answer at a time: {speed.plain_tokens_per_s:.0f} tokens/s without drafts, {speed.draft_tokens_per_s:.0f} with "
-        f"({speed.speedup:.2f}x); {speed.acceptance_length:.2f} of 4 tokens per step; "
+        f"one answer at a time: {speed.plain_tokens_per_s:.0f} tokens/s without drafts, "
+        f"{speed.draft_tokens_per_s:.0f} with ({speed.speedup:.2f}x); "
+        f"{speed.acceptance_length:.2f} of 4 tokens per step; "
         f"output {'identical' if speed.identical else 'NOT identical'}"
     )
     return reports, speed
