@@ -25,6 +25,8 @@ class Vault:
         # Unguessable, so that no text can contain a placeholder.
         self._nonce = secrets.token_hex(12)
         self._pattern = re.compile(f"q{self._nonce}n([0-9]+)z")
+        parts = (self._nonce[start : start + 12] for start in range(13))
+        self._remains = re.compile("|".join(parts), re.IGNORECASE)
         self._texts: list[str] = []
         self._sources: list[str | None] = []
 
@@ -32,6 +34,11 @@ class Vault:
     def num_characters(self) -> int:
         """The length of all texts together."""
         return sum(map(len, self._texts))
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts are kept."""
+        return len(self._texts)
 
     def protect(self, text: str, source: str | None = None) -> Protected:
         """A placeholder for `text`."""
@@ -73,7 +80,7 @@ class Vault:
         seen: set[str] = set()
         for place, piece in enumerate(self._pattern.split(rendered)):
             if place % 2 == 0:
-                if self._nonce in piece.casefold():
+                if self._remains.search(piece):
                     raise TextError("the chat template changes message text; expected it to insert text as it is")
                 stretches.append((piece, True))
             else:

@@ -8,6 +8,7 @@ text methods only those that chat templates use exist.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -34,8 +35,8 @@ TEXT_METHODS = (
 # fmt: on
 MAX_NUMBER_BITS = 1024
 # Units for one call, and for one round of a loop or one entry of a list: about their time in characters.
-CALL_UNITS = 200
-ENTRY_UNITS = 20
+CALL_UNITS = 2000
+ENTRY_UNITS = 100
 
 
 class _CountWork(NodeTransformer):
@@ -69,7 +70,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         self._left = max_work
         self.filters = {name: self._counted(self.filters[name]) for name in FILTERS}
         self.filters |= {"counted_loop": self._loop, "counted_join": self._join, "join": self._join}
-        self.filters |= {"replace": self._replace}
+        self.filters |= {"replace": self._replace, "tojson": json.dumps}
         self.globals = {"range": self.globals["range"], "namespace": jinja2.utils.Namespace, "raise_exception": _refuse}
 
     def compile_template(self, source: str) -> jinja2.Template:
@@ -149,8 +150,8 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         while pending:
             item = pending.pop()
             self.spend(len(item) if isinstance(item, str) else ENTRY_UNITS)
-            if isinstance(item, Mapping):
-                pending += [part for pair in cast(Mapping[Any, Any], item).items() for part in pair]
+            if isinstance(item, dict):
+                pending += [part for pair in cast(dict[Any, Any], item).items() for part in pair]
             elif isinstance(item, list | tuple):
                 pending += cast(list[Any], item)
         return value

@@ -20,8 +20,9 @@ from openmimo.text.sandbox import GuardedEnvironment
 from openmimo.text.tokenizer import TURN_END, TURN_START, AddedToken, Tokenizer
 
 MAX_CHARACTERS = 16 * 2**20
-# A template may look at and copy each character of its input this often.
+# What a template may do beyond its fixed allowance for each character and each text of its input.
 WORK_PER_CHARACTER = 32
+WORK_PER_TEXT = 50_000
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _PLAIN_ROLES = frozenset(("system", "user", "assistant"))
 _PLAIN_KEYS = frozenset(("role", "content"))
@@ -118,7 +119,7 @@ class ChatTemplate:
                 self._template,
                 variables,
                 to_json=vault.to_json,
-                extra_work=WORK_PER_CHARACTER * vault.num_characters,
+                extra_work=WORK_PER_CHARACTER * vault.num_characters + WORK_PER_TEXT * vault.num_texts,
             )
         stretches, seen = vault.stretches(rendered)
         for place, message in enumerate(messages):
