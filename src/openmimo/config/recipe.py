@@ -6,7 +6,6 @@ dataclasses of these; `[[name]]` tables fill a tuple of dataclasses. TOML has no
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -207,7 +206,7 @@ def _child(node: Any, annotation: Any, key: str, path: str) -> tuple[Any, Any]:
     if isinstance(node, dict) and slot not in node:
         field = next((f for f in dataclasses.fields(kind) if f.name == key), None) if _is_recipe(kind) else None
         value = None if field is None or _has_no_default(field) else _default(field)
-        node[slot] = {} if value is None else copy.deepcopy(_plain(value))
+        node[slot] = {} if value is None else _plain(value)
     child = cast("Any", node[slot])
     if not isinstance(child, dict | list):
         raise ConfigError(f"{path} is {_describe(child)} and has no parts to set")

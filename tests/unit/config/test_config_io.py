@@ -108,6 +108,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_model_config(preset("nano"), tmp_path, "hubb")  # type: ignore[arg-type]
     assert (tmp_path / "config.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "taken" / "config.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot write"):
+        write_model_config(preset("nano"), tmp_path / "taken")
+    assert len(list((tmp_path / "taken").iterdir())) == 1
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot write"):
         write_model_config(preset("nano"), tmp_path / "file")
