@@ -25,7 +25,7 @@ from openmimo.train.step import StepSettings, train_step
 
 LEARNING_RATE = 1e-4
 # The gathered expert weights of `batched_mm`, in bytes per layer, above which it is not probed.
-BATCHED_LIMIT = 2 << 30
+BATCHED_LIMIT = 1 << 28
 
 Step = Callable[[], object]
 

@@ -40,8 +40,11 @@ class ModelOutput:
 
     def mtp_hidden(self, head: int) -> Tensor:
         """Head `head` over the whole sequence, ready for `lm_head`; the last head + 1 positions see padding."""
+        plan = self.plans[AttentionKind.SLIDING]
+        if plan.cached:
+            raise ShapeError("this output comes from a step on a cache; call model.mtp_forward with the cache instead")
         shifted_BT = F.pad(self.token_ids_BT[:, head + 1 :], (0, min(head + 1, self.token_ids_BT.shape[1])))
-        return self.model.mtp_forward(head, self.hidden_BTD, shifted_BT, self.plans[AttentionKind.SLIDING])
+        return self.model.mtp_forward(head, self.hidden_BTD, shifted_BT, plan)
 
     def mtp_logits(self, head: int) -> Tensor:
         """Logits of MTP head `head` (0-based): position i predicts token i + 2 + head. Shape (B, T, V)."""

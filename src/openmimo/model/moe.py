@@ -109,11 +109,25 @@ class Experts(nn.Module):
         top_k = experts_Nk.shape[1]
         place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, self.num_experts)
         x_PD = _Dispatch.apply(x_ND, place_M, top_k, self.num_experts)
-        hidden_PF = swiglu(F.grouped_mm(x_PD, self.gate_up_proj.transpose(1, 2), offs=ends_E))
-        y_PD = F.grouped_mm(hidden_PF, self.down_proj.transpose(1, 2), offs=ends_E)
+        hidden_PF = swiglu(grouped_product(x_PD, self.gate_up_proj.transpose(1, 2), ends_E))
+        y_PD = grouped_product(hidden_PF, self.down_proj.transpose(1, 2), ends_E)
         y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
         y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
         return y_ND, tokens_per_expert_E
+
+
+def grouped_product(x_PD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows up to each group's end times that group's matrix; rows behind the last group are unspecified.
+
+    The library's kernel wants rows of whole 16-byte units; other widths and float64 take one product per expert.
+    """
+    aligned = all(dim * x_PD.element_size() % 16 == 0 for dim in weight_EDF.shape[1:])
+    if aligned and x_PD.dtype is not torch.float64:
+        return F.grouped_mm(x_PD, weight_EDF, offs=ends_E)
+    ends = ends_E.tolist()
+    groups = [x_PD[start:end] @ weight for start, end, weight in zip([0, *ends], ends, weight_EDF, strict=False)]
+    rest = x_PD.new_zeros(x_PD.shape[0] - ends[-1], weight_EDF.shape[2])
+    return torch.cat([*groups, rest])
 
 
 # A group's first row is a multiple of this when there are enough rows for the padding to be small beside them.

@@ -97,13 +97,14 @@ def language_model_losses(
     weight_VD = model.lm_head.weight
 
     def loss_at(shift: int, hidden_BTD: Tensor) -> tuple[Tensor, int]:
-        same_document = document_ids_BT[:, shift:] == document_ids_BT[:, : document_ids_BT.shape[1] - shift]
+        num_sources = max(0, document_ids_BT.shape[1] - shift)
+        same_document = document_ids_BT[:, shift:] == document_ids_BT[:, :num_sources]
         wanted = loss_mask_BT[:, shift:] & same_document
         rows_N = wanted.flatten().nonzero()[:, 0]
         targets_N = output.token_ids_BT[:, shift:].flatten().index_select(0, rows_N)
         filler = -rows_N.shape[0] % ROW_MULTIPLE
         rows_N, targets_N = F.pad(rows_N, (0, filler)), F.pad(targets_N, (0, filler), value=-1)
-        hidden_ND = hidden_BTD[:, : hidden_BTD.shape[1] - shift].flatten(0, 1).index_select(0, rows_N)
+        hidden_ND = hidden_BTD[:, :num_sources].flatten(0, 1).index_select(0, rows_N)
         return linear_cross_entropy(hidden_ND, weight_VD, targets_N), rows_N.shape[0] - filler
 
     next_token, num_targets = loss_at(1, model.norm(output.hidden_BTD))
