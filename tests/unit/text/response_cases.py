@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     f"<think>a{CITY}</think>b": ("a", "b", [PARIS]),
     f"<think>a{CITY}b</think>{STOP}": ("ab", "", [PARIS, ("stop", {})]),
     f"<think>say {UNCLOSED}</think>b": (f"say {UNCLOSED}", "b", []),
+    f"<think>say {UNCLOSED}</think>{CITY}": (f"say {UNCLOSED}", "", [PARIS]),
     f"<think>say <tool_call></think>{CITY}": ("say <tool_call>", "", [PARIS]),
     f"<think>{UNKNOWN}</think>b": (UNKNOWN, "b", []),
     UNKNOWN: ("", UNKNOWN, []),
