@@ -66,7 +66,7 @@ def test_targets_follow_mask_documents_and_head_offsets() -> None:
     expected: list[float] = []
     counted: list[int] = []
     for shift, logits in ((1, output.logits), (2, output.mtp_logits(0)), (3, output.mtp_logits(1))):
-        log_probs = logits.double().log_softmax(-1)
+        log_probs = logits.detach().double().log_softmax(-1)
         terms = [
             -float(log_probs[b, t, ids[b, t + shift]])
             for b in range(2)
