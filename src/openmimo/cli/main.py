@@ -51,7 +51,7 @@ def main() -> None:
         build_app()(prog_name="openmimo")
     except MimoError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
