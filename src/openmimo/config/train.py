@@ -184,7 +184,7 @@ class StageRecipe:
 
     `warmup_steps` rise linearly from 0 to `lr_start`. `mtp_heads` heads are trained, their mean loss weighted by
     `mtp_loss_weight` (report: 0.3, then 0.1). `bias_update_rate` moves the routers' balance bias (report: 0.001,
-    1e-5 in the last stage). `sources`, when given, replace those of the data recipe.
+    1e-5 in the last stage). `sources`, when given, replace those of the data recipe; `extra_sources` join them.
     """
 
     name: str
@@ -199,6 +199,7 @@ class StageRecipe:
     bias_update_rate: float = 0.001
     sequence_aux_weight: float = 1e-5
     sources: tuple[SourceRecipe, ...] = ()
+    extra_sources: tuple[SourceRecipe, ...] = ()
 
     def __post_init__(self) -> None:
         weights = ("mtp_loss_weight", "bias_update_rate", "sequence_aux_weight")
@@ -263,8 +264,8 @@ class TrainRecipe:
         return start, self.optimizer.final_lr if stage.lr_end is None else stage.lr_end
 
     def data_of(self, stage: StageRecipe) -> DataRecipe:
-        """The data recipe with the stage's own sources, if it has any."""
-        return dataclasses.replace(self.data, sources=stage.sources) if stage.sources else self.data
+        """The data recipe with the sources that the stage trains on."""
+        return dataclasses.replace(self.data, sources=(stage.sources or self.data.sources) + stage.extra_sources)
 
 
 def _changed(config: _Config, **changes: object) -> _Config:

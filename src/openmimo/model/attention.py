@@ -23,20 +23,23 @@ from openmimo.model.rope import rotary_tables, rotate
 SINK_COLUMNS = 8
 # Scores computed at once, in elements.
 SLICE_SCORES = 1 << 23
+# Packed global layers run this many queries at a time, each block against the keys up to its own end.
+ROW_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """What all layers of one kind share in a forward pass: rotary tables and additive masks.
 
-    `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per
-    block, for global layers one (T x S) square per sequence, for cached decoding one row per query.
+    `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per block, for
+    cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries.
     """
 
     kind: AttentionKind
     cos_BT1R: Tensor
     sin_BT1R: Tensor
     bias: Tensor | None
+    row_biases: tuple[Tensor, ...] = ()
     block_tokens: int = 0
     cached: bool = False
 
@@ -70,7 +73,11 @@ class Attention(nn.Module):
         if plan.cached:
             assert cache is not None
             k_BTGK, v_BTGV = cache.read()
-        if plan.cached or self.kind is AttentionKind.GLOBAL:
+        if plan.row_biases:
+            out_BTHV = attend_row_blocks(
+                q_BTHK, k_BTGK, v_BTGV, biases=plan.row_biases, sink_H=self.attention_sink_bias
+            )
+        elif plan.cached or self.kind is AttentionKind.GLOBAL:
             out_BTHV = attend(q_BTHK, k_BTGK, v_BTGV, bias=plan.bias, sink_H=self.attention_sink_bias)
         else:
             assert plan.bias is not None
@@ -96,9 +103,28 @@ def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, bias: Tensor | Non
     if bias is None and sink_H is None:
         return _fused_causal(q_BTHK.transpose(1, 2), k_BGSK, v_BGSV, groups).transpose(1, 2)
     if bias is None:
-        bias = with_sink_columns(causal_bias(torch.zeros_like(q_BTHK[:1, :, 0, 0], dtype=torch.int32), q_BTHK.dtype))
+        one_document_1T = torch.zeros(1, q_BTHK.shape[1], dtype=torch.int32, device=q_BTHK.device)
+        biases = causal_biases(one_document_1T, q_BTHK.dtype, sink=True)
+        return attend_row_blocks(q_BTHK, k_BSGK, v_BSGV, biases=biases, sink_H=sink_H)
     out_BGRTV = masked_softmax_attention(_stack_groups(q_BTHK, groups), k_BGSK, v_BGSV, bias, sink_H)
     return out_BGRTV.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attend_row_blocks(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, biases: tuple[Tensor, ...], sink_H: Tensor | None
+) -> Tensor:
+    """Causal attention in blocks of queries (see `causal_biases`): no product with keys behind a block's end.
+
+    Shapes: -> out (B, T, H, V).   Cost: half of the full square's FLOPs as T grows.
+    """
+    outputs: list[Tensor] = []
+    start = 0
+    for bias_BCS in biases:
+        end = start + bias_BCS.shape[1]
+        keys, values = k_BTGK[:, :end], v_BTGV[:, :end]
+        outputs.append(attend(q_BTHK[:, start:end], keys, values, bias=bias_BCS, sink_H=sink_H))
+        start = end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def attend_window(
@@ -125,7 +151,12 @@ def attend_window(
 
     def neighbours(x_BTGK: Tensor) -> Tensor:
         padded = blocks(x_BTGK, num_back).transpose(1, 2)
-        return torch.cat([padded[i : i + num_blocks] for i in range(num_back + 1)], dim=2)  # (N, G, L, K)
+        parts = [padded[i : i + num_blocks] for i in range(num_back + 1)]
+        if sink_H is not None:
+            parts.append(
+                padded.new_zeros(1, 1, 1, 1).expand(num_blocks, padded.shape[1], SINK_COLUMNS, padded.shape[3])
+            )
+        return torch.cat(parts, dim=2)  # (N, G, L, K)
 
     out_NGRCV = masked_softmax_attention(
         _stack_groups(blocks(q_BTHK, 0), groups), neighbours(k_BTGK), neighbours(v_BTGV), bias_NCL, sink_H
@@ -146,8 +177,9 @@ def masked_softmax_attention(
     Large batches run in slices so that the scores of one slice stay near the caches.
     """
     groups, rows = q_NGMK.shape[1:3]
-    if sink_H is not None:
-        k_NGLK, v_NGLV = (F.pad(x, (0, 0, 0, SINK_COLUMNS)) for x in (k_NGLK, v_NGLV))
+    missing = bias_NTL.shape[2] - k_NGLK.shape[2]
+    if missing:
+        k_NGLK, v_NGLV = (F.pad(x, (0, 0, 0, missing)) for x in (k_NGLK, v_NGLV))
     step = max(1, SLICE_SCORES // (groups * rows * bias_NTL.shape[-1]))
     outputs: list[Tensor] = []
     for start in range(0, q_NGMK.shape[0], step):
@@ -171,12 +203,12 @@ class _MaskedSoftmaxAttention(torch.autograd.Function):
         num_rows, num_keys = bias_NTL.shape[1:]
         per_group = rows // num_rows
         bias = bias_NTL[:, None, None].expand(batch, groups, per_group, num_rows, num_keys)
-        scores_NGRTL = bias.contiguous() if sink_H is None else bias.clone(memory_format=torch.contiguous_format)
+        scores_NGRTL = bias.clone(memory_format=torch.contiguous_format)
         if sink_H is not None:
             scores_NGRTL[..., num_keys - SINK_COLUMNS] = sink_H.view(groups, per_group, 1)
         scores = scores_NGRTL.view(batch * groups, rows, num_keys)
         q, k, v = (x.reshape(batch * groups, -1, x.shape[-1]) for x in (q_NGMK, k_NGLK, v_NGLV))
-        probabilities = torch.baddbmm(scores, q, k.transpose(1, 2), alpha=dim**-0.5).softmax(-1)
+        probabilities = scores.baddbmm_(q, k.transpose(1, 2), alpha=dim**-0.5).softmax(-1)
         ctx.save_for_backward(q_NGMK, k_NGLK, v_NGLV, probabilities)
         ctx.sink = None if sink_H is None else (sink_H.shape[0], sink_H.dtype)
         ctx.num_rows = num_rows
@@ -237,12 +269,20 @@ def window_bias(document_ids_BT: Tensor, window_keys: int, dtype: torch.dtype) -
     return _additive(visible_NCL, dtype), block
 
 
-def causal_bias(document_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive mask of global layers on packed rows: same document, at or before the query. Shape (B, T, T)."""
+def causal_biases(document_ids_BT: Tensor, dtype: torch.dtype, *, sink: bool) -> tuple[Tensor, ...]:
+    """The additive masks of global layers on packed rows: same document, at or before the query.
+
+    Shapes: one (B, C, end of the block) per block of up to ROW_BLOCK queries, plus the sink's columns.
+    """
     num_tokens = document_ids_BT.shape[1]
-    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=document_ids_BT.device).tril()
-    visible_BTT = (document_ids_BT[:, :, None] == document_ids_BT[:, None, :]) & causal_TT
-    return _additive(visible_BTT, dtype)
+    positions_T = torch.arange(num_tokens, device=document_ids_BT.device)
+    biases: list[Tensor] = []
+    for start in range(0, num_tokens, ROW_BLOCK):
+        end = min(start + ROW_BLOCK, num_tokens)
+        same_BCS = document_ids_BT[:, start:end, None] == document_ids_BT[:, None, :end]
+        bias_BCS = _additive(same_BCS & (positions_T[start:end, None] >= positions_T[:end]), dtype)
+        biases.append(with_sink_columns(bias_BCS) if sink else bias_BCS)
+    return tuple(biases)
 
 
 def with_sink_columns(bias: Tensor) -> Tensor:
@@ -262,9 +302,9 @@ def make_plans(
         geometry = config.attention(kind)
         cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
         if kind is AttentionKind.GLOBAL:
-            bias = None if document_ids_BT is None else causal_bias(document_ids_BT, dtype)
-            bias = with_sink_columns(bias) if bias is not None and geometry.sink else bias
-            plans[kind] = AttentionPlan(kind, cos, sin, bias)
+            packed = document_ids_BT is not None
+            biases = causal_biases(document_ids_BT, dtype, sink=geometry.sink) if packed else ()
+            plans[kind] = AttentionPlan(kind, cos, sin, None, row_biases=biases)
         else:
             assert geometry.window_keys is not None
             ids = torch.zeros_like(position_ids_BT) if document_ids_BT is None else document_ids_BT

@@ -219,10 +219,12 @@ class _Run:
         self.reporter.metrics(record)
 
     def _enter_stage(self, index: int, stage: StageRecipe) -> None:
-        """Replicate the MTP head when the stage trains more than there are; the optimiser then starts anew."""
+        """Replicate the MTP head when the stage trains more than there are; only the heads lose their moments."""
         if stage.mtp_heads > self.model.config.num_mtp_heads:
+            known = {n: x for n, x in self.optimizer.state_tensors().items() if ".mtp_heads." not in n}
             replicate_mtp_head(self.model, stage.mtp_heads)
             self.optimizer = self._new_optimizer()
+            self.optimizer.load_state_tensors(known, partial=True)
         self.progress = replace(self.progress, stage=index)
 
     def _initial_model(self, saved_heads: int | None) -> MiMoModel:

@@ -78,9 +78,14 @@ class MasterAdamW:
         return tensors
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave, and the model's parameters from the masters."""
+    def load_state_tensors(self, tensors: dict[str, Tensor], *, partial: bool = False) -> None:
+        """Restore what `state_tensors` gave, and the model's parameters from the masters.
+
+        With `partial`, parameters that the tensors do not know keep their weights and start without moments.
+        """
         for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
+            if partial and f"master.{name}" not in tensors:
+                continue
             master.copy_(tensors[f"master.{name}"])
             parameter.copy_(master)
             suffix = f".{name}"
