@@ -29,6 +29,7 @@ def chat_command(
     system: Annotated[str, typer.Option(help="System message.")] = "",
     draft_heads: Annotated[str, typer.Option(help="MTP heads that draft: auto, or a number from 0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Number format of the weights in memory.")] = "float32",
+    verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:
     """Chat with a model. Tokens that an MTP head drafted are coloured by head."""
     from rich.console import Console
@@ -37,7 +38,7 @@ def chat_command(
     from openmimo.errors import RequestError
     from openmimo.text import ChatTemplate, Tokenizer
 
-    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype)
+    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, verify=verify)
     if not isinstance(engine.tokenizer, Tokenizer):
         raise RequestError(f"{str(model)!r} has no tokenizer.json, so there is no chat; pass a folder that has one")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)

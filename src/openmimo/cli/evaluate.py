@@ -26,6 +26,7 @@ def eval_command(
     max_batch: Annotated[int, typer.Option(help="Answers written at the same time.")] = 32,
     draft_heads: Annotated[str, typer.Option(help="MTP heads that draft: auto, or a number from 0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Number format of the weights in memory.")] = "float32",
+    verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
 ) -> None:
     """Answer held-out problems greedily and grade them: a table, then one JSON line."""
@@ -35,7 +36,7 @@ def eval_command(
     from openmimo.engine import Engine
     from openmimo.evals import evaluate_domains, reports_as_json
 
-    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, max_batch=max_batch)
+    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, verify=verify, max_batch=max_batch)
     names = [name.strip() for name in domains.split(",") if name.strip()]
     reports = evaluate_domains(
         engine, domains=names, level=level, num_problems=num, seed=seed, split=split, max_tokens=max_tokens

@@ -19,6 +19,7 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     draft_heads: Annotated[str, typer.Option(help="MTP heads that draft: auto, or a number from 0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Number format of the weights in memory.")] = "float32",
+    verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:
     """Continue one or more prompts; drafts make greedy decoding faster and never change the text."""
     import time
@@ -27,7 +28,7 @@ def generate_command(
     from openmimo.engine import DraftStats, Engine, SamplingParams
 
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
-    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype)
+    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, verify=verify)
     if chat:
         from openmimo.evals.accuracy import chat_renderer
 

@@ -44,7 +44,8 @@ class Engine:
     Drafts are verified, so the tokens are those of plain greedy decoding. `draft_heads` is "auto" (all heads) or a
     number, 0 for none. With `uniform_steps` greedy decoding feeds the same number of token rows per step whatever
     `draft_heads` is, so that drafting cannot change a near tie through rounding (see `TorchRunner`); without it,
-    fewer heads mean smaller and faster steps. `dtype` applies when a folder is loaded.
+    fewer heads mean smaller and faster steps. `dtype` applies when a folder
+    is loaded, and `verify` then checks every file against the folder's sha256 manifest first.
     Raises: RequestError on unusable options, CheckpointError when the folder cannot be loaded.
     """
 
@@ -56,6 +57,7 @@ class Engine:
         runner: str = "torch",
         draft_heads: int | str = "auto",
         dtype: str = "float32",
+        verify: bool = False,
         max_batch: int = 32,
         uniform_steps: bool = True,
     ) -> None:
@@ -67,7 +69,7 @@ class Engine:
             model = folder_or_model
         else:
             folder = resolve_model_folder(folder_or_model)
-            model = _load_model(folder, dtype)
+            model = _load_model(folder, dtype, verify)
             tokenizer = tokenizer or _load_tokenizer(folder)
         self.config = model.config
         self.tokenizer = tokenizer
@@ -229,9 +231,9 @@ def _checked_heads(draft_heads: int | str, available: int) -> int:
     return draft_heads
 
 
-def _load_model(folder: Path, dtype: str) -> MiMoModel:
+def _load_model(folder: Path, dtype: str, verify: bool) -> MiMoModel:
     # `load_model` refuses other words.
-    return load_model(folder, dtype=cast(LoadDtype, dtype))
+    return load_model(folder, dtype=cast(LoadDtype, dtype), verify=verify)
 
 
 def _load_tokenizer(folder: Path) -> TextCodec | None:

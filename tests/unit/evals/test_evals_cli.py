@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from openmimo.cli.evaluate import eval_command
 from openmimo.cli.generate import generate_command
 from openmimo.config.model import ModelConfig, preset
 from openmimo.engine import Engine, SamplingParams
-from openmimo.errors import RequestError
+from openmimo.errors import CheckpointError, RequestError
 from openmimo.evals.accuracy import chat_renderer
 from openmimo.model import build_model
 from openmimo.text import train_tokenizer
@@ -77,3 +78,18 @@ def test_a_folder_without_a_tokenizer_cannot_chat(tmp_path: Path, tiny_config: M
         invoke(chat_command, "--model", str(tmp_path), text="hi\n")
     with pytest.raises(RequestError, match="3 MTP heads"):
         invoke(generate_command, "--model", str(tmp_path), "--prompt", "hi", "--draft-heads", "9")
+
+
+def test_verify_finds_a_flipped_bit(run_folder: Path, tmp_path: Path) -> None:
+    """Catches a --verify that is not handed on to the loader."""
+    damaged = tmp_path / "run"
+    shutil.copytree(run_folder, damaged)
+    weights = max((damaged / "model").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    Engine(damaged)
+    options = ("--model", str(damaged), "--prompt", "2", "--max-tokens", "1", "--raw")
+    with pytest.raises(CheckpointError, match=weights.name):
+        invoke(generate_command, *options, "--verify")
+    assert invoke(generate_command, *options).exit_code == 0
