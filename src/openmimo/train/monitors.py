@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -97,13 +96,6 @@ def git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-def format_metrics(metrics: Mapping[str, float | int | str]) -> str:
-    """One dense line for a log."""
-    return "  ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()
-    )
 
 
 def _groups(name: str) -> list[str]:
