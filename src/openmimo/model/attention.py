@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
 from openmimo.errors import ShapeError
+from openmimo.kernels import training as kernels
 from openmimo.model.cache import Cache, LayerCache
 from openmimo.model.rope import rotary_tables, rotate
 
@@ -33,6 +34,7 @@ class AttentionPlan:
 
     `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per block, for
     cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries.
+    With `first_key_BT`, the first key that each query sees, the fused kernel runs and there are no masks at all.
     """
 
     kind: AttentionKind
@@ -42,6 +44,7 @@ class AttentionPlan:
     row_biases: tuple[Tensor, ...] = ()
     block_tokens: int = 0
     cached: bool = False
+    first_key_BT: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -63,6 +66,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, D). With a cache, new keys are written to its slots first."""
+        if plan.first_key_BT is not None:
+            return self.o_proj(self._fused(self.qkv_proj(x_BTD), plan, plan.first_key_BT).flatten(-2))
         g = self.geometry
         q, k, v = self.qkv_proj(x_BTD).split(self.split_sizes, dim=-1)
         q_BTHK = rotate(q.unflatten(-1, (g.num_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
@@ -90,6 +95,16 @@ class Attention(nn.Module):
                 sink_H=self.attention_sink_bias,
             )
         return self.o_proj(out_BTHV.flatten(-2))
+
+    def _fused(self, qkv_BTW: Tensor, plan: AttentionPlan, first_key_BT: Tensor) -> Tensor:
+        """The same in one kernel, from the joint projection on. Shapes: -> (B, T, H, V)."""
+        g = self.geometry
+        cos_BTR, sin_BTR = plan.cos_BT1R.squeeze(2), plan.sin_BT1R.squeeze(2)
+        shape = kernels.AttentionShape(g.num_heads, g.num_kv_heads, g.qk_head_dim, g.v_head_dim, cos_BTR.shape[-1])
+        sink_H = self.attention_sink_bias
+        return kernels.attention(
+            qkv_BTW, cos_BTR, sin_BTR, first_key_BT, sink_H, shape=shape, value_scale=self.value_scale
+        )
 
 
 def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *, bias: Tensor | None, sink_H: Tensor | None) -> Tensor:
@@ -285,23 +300,48 @@ def causal_biases(document_ids_BT: Tensor, dtype: torch.dtype, *, sink: bool) ->
     return tuple(biases)
 
 
+def first_visible_keys(document_ids_BT: Tensor, window_keys: int | None) -> Tensor:
+    """The first key that each query sees: the start of its document or of its window. Shapes: -> (B, T) int32.
+
+    A document is a run of equal ids within a row.
+    """
+    positions_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+    begins_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
+    first_BT = torch.where(begins_BT, positions_T, 0).cummax(dim=1).values
+    if window_keys is not None:
+        first_BT = torch.maximum(first_BT, positions_T - window_keys + 1)
+    return first_BT.to(torch.int32)
+
+
 def with_sink_columns(bias: Tensor) -> Tensor:
     """Append the sink's column (visible) and its padding (masked) to an additive mask."""
     return F.pad(F.pad(bias, (0, 1)), (0, SINK_COLUMNS - 1), value=float("-inf"))
 
 
 def make_plans(
-    config: ModelConfig, position_ids_BT: Tensor, document_ids_BT: Tensor | None, dtype: torch.dtype
+    config: ModelConfig,
+    position_ids_BT: Tensor,
+    document_ids_BT: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    writes_cache: bool = False,
 ) -> dict[AttentionKind, AttentionPlan]:
     """Rotary tables and masks for a whole-sequence pass, made once and shared by all layers and MTP heads.
 
-    Without `document_ids_BT` each row is one document.
+    Without `document_ids_BT` each row is one document. The fused kernel keeps keys to itself, so a pass that fills a
+    cache (`writes_cache`) does without it.
     """
+    fused = not writes_cache and kernels.available(dtype, position_ids_BT.device)
     plans: dict[AttentionKind, AttentionPlan] = {}
     for kind in AttentionKind:
         geometry = config.attention(kind)
         cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
-        if kind is AttentionKind.GLOBAL:
+        if fused:
+            ids = torch.zeros_like(position_ids_BT) if document_ids_BT is None else document_ids_BT
+            first_BT = first_visible_keys(ids, geometry.window_keys)
+            cos, sin = cos.to(dtype).float(), sin.to(dtype).float()  # rounded as in the unfused form
+            plans[kind] = AttentionPlan(kind, cos, sin, None, first_key_BT=first_BT)
+        elif kind is AttentionKind.GLOBAL:
             packed = document_ids_BT is not None
             biases = causal_biases(document_ids_BT, dtype, sink=geometry.sink) if packed else ()
             plans[kind] = AttentionPlan(kind, cos, sin, None, row_biases=biases)

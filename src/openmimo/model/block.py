@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from openmimo.config.model import ModelConfig
+from openmimo.kernels import training as kernels
 from openmimo.model.attention import Attention, AttentionPlan
 from openmimo.model.cache import LayerCache
 from openmimo.model.moe import DenseMLP, LayerRouting, SparseMLP
@@ -22,6 +23,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x) and self.weight.dtype is x.dtype:
+            return kernels.rms_norm(x, self.weight, self.eps)
         return rms_normalize(x, self.eps) * self.weight
 
 

@@ -124,7 +124,8 @@ class MiMoModel(nn.Module):
                 return make_cached_plans(self.config, position_ids_BT, cache, dtype), position_ids_BT
         if position_ids_BT is None:
             position_ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        return make_plans(self.config, position_ids_BT, document_ids_BT, dtype), position_ids_BT
+        plans = make_plans(self.config, position_ids_BT, document_ids_BT, dtype, writes_cache=cache is not None)
+        return plans, position_ids_BT
 
     def _check(
         self,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmimo.config.model import MoEConfig
+from openmimo.kernels import training as kernels
 
 
 class DenseMLP(nn.Module):
@@ -28,6 +29,8 @@ class DenseMLP(nn.Module):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for the two halves of the last dim."""
+    if kernels.usable(gate_up):
+        return kernels.swiglu(gate_up)
     return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
 
 
@@ -108,9 +111,14 @@ class Experts(nn.Module):
         """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
         top_k = experts_Nk.shape[1]
         place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, self.num_experts)
-        x_PD = _Dispatch.apply(x_ND, place_M, top_k, self.num_experts)
+        fused = kernels.usable(x_ND)
+        num_rows = place_M.shape[0] + (_row_multiple(place_M.shape[0], self.num_experts) - 1) * self.num_experts
+        dispatch = kernels.dispatch if fused else _Dispatch.apply
+        x_PD = dispatch(x_ND, place_M, num_rows)
         hidden_PF = swiglu(grouped_product(x_PD, self.gate_up_proj.transpose(1, 2), ends_E))
         y_PD = grouped_product(hidden_PF, self.down_proj.transpose(1, 2), ends_E)
+        if fused:
+            return kernels.combine(y_PD, place_M, weights_Nk), tokens_per_expert_E
         y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
         y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
         return y_ND, tokens_per_expert_E
@@ -166,18 +174,16 @@ class _Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, place_M: Tensor, top_k: int, num_experts: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, place_M: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(place_M)
-        ctx.top_k = top_k
-        num_rows = place_M.shape[0]
-        padding = (_row_multiple(num_rows, num_experts) - 1) * num_experts
-        x_PD = x_ND.new_zeros(num_rows + padding, x_ND.shape[1])
-        return x_PD.index_copy_(0, place_M, x_ND.repeat_interleave(top_k, dim=0))
+        ctx.top_k = place_M.shape[0] // x_ND.shape[0]
+        x_PD = x_ND.new_zeros(num_rows, x_ND.shape[1])
+        return x_PD.index_copy_(0, place_M, x_ND.repeat_interleave(ctx.top_k, dim=0))
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (place_M,) = ctx.saved_tensors
-        return grad_PD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+        return grad_PD.index_select(0, place_M).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
 
 
 class LayerRouting(NamedTuple):

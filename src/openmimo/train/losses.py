@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmimo.kernels import training as kernels
 from openmimo.model import ModelOutput
 
 # Rows of logits alive at once: small enough that a chunk stays in the last-level cache.
@@ -40,6 +41,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + CHUNK_ROWS)
             targets_n1 = targets_N[rows, None].clamp(min=0)
             weights_n1 = weights_N1[rows]
+            if needs_grad and kernels.usable(hidden_ND):
+                grad_nV = hidden_ND[rows] @ weight_VD.T
+                loss += kernels.cross_entropy_(grad_nV, targets_n1[:, 0], weights_n1[:, 0]).sum()
+                assert grad_hidden_ND is not None
+                assert grad_weight_VD is not None
+                grad_hidden_ND[rows] = grad_nV @ weight_VD
+                grad_weight_VD += grad_nV.T @ hidden_ND[rows]
+                continue
             log_probs_nV = (hidden_ND[rows] @ weight_VD.T).log_softmax(-1, dtype=torch.float32)
             loss -= (log_probs_nV.gather(1, targets_n1) * weights_n1).sum()
             if grad_hidden_ND is not None and grad_weight_VD is not None:

@@ -1,0 +1,222 @@
+"""The C++ training kernels against float64 written from the equations, with and without bf16 dot instructions.
+
+Bars are a few roundings to bf16 (2^-9 each) of the result's norm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openmimo.errors import ShapeError
+from openmimo.kernels import native
+from openmimo.kernels import training as kernels
+
+TOLERANCE = 6e-3
+
+pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(params=["this processor", "any processor"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The library as built here, and once with no processor-specific flag: the plain loops."""
+    if request.param == "this processor":
+        assert native.native_kernels().library is not None, native.native_kernels().status
+        yield
+        return
+    compiler = native.find_compiler()
+    assert compiler is not None
+    path, _ = native.build(compiler, tmp_path_factory.getbasetemp() / "plain", ((),))
+    plain = native.NativeKernels(ctypes.CDLL(str(path)), "plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "native_kernels", lambda: plain)
+        yield
+
+
+def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None
+    assert expected is not None
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+def attention_loop(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first: Tensor,
+    sink: Tensor | None,
+    shape: kernels.AttentionShape,
+    scale: float,
+) -> Tensor:
+    """The full square of scores in float64."""
+    heads, groups, half = shape.num_heads, shape.num_kv_heads, shape.rotary_half
+    sizes = [heads * shape.qk_head_dim, groups * shape.qk_head_dim, groups * shape.v_head_dim]
+    q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(qkv.split(sizes, -1), (heads, groups, groups), strict=True))
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b, c, s = x[..., :half], x[..., half : 2 * half], cos[:, :, None], sin[:, :, None]
+        return torch.cat([a * c - b * s, b * c + a * s, x[..., 2 * half :]], -1)
+
+    k, v = (x.repeat_interleave(heads // groups, 2) for x in (rotated(k), v * scale))
+    scores = torch.einsum("bthk,bshk->bhts", rotated(q), k) * shape.qk_head_dim**-0.5
+    keys = torch.arange(qkv.shape[1])
+    visible = (keys <= keys[:, None]) & (keys >= first[:, :, None])
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    if sink is not None:
+        scores = torch.cat([scores, sink[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1)[..., : qkv.shape[1]], v)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "sizes", "window", "document", "sink"),
+    [
+        (2, 200, (8, 4, 48, 32, 8), 128, 37, True),
+        (1, 130, (4, 1, 24, 20, 4), 1000, 1000, False),  # dims that are no multiple of 16; global
+        (3, 64, (2, 2, 192, 128, 32), 17, 64, True),  # the large presets' dims; exactly one tile
+        (1, 1, (2, 1, 8, 8, 2), 5, 1, True),
+        (2, 321, (6, 2, 40, 24, 6), 128, 500, False),
+    ],
+)
+def test_attention_matches_float64(
+    batch: int, num_tokens: int, sizes: tuple[int, int, int, int, int], window: int, document: int, sink: bool
+) -> None:
+    """Catches wrong masks, tiles, rotation, normaliser, value scale or sink, forward and backward."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    shape = kernels.AttentionShape(*sizes)
+    qkv = torch.randn(batch, num_tokens, shape.width, generator=generator).bfloat16().requires_grad_()
+    angles = 3 * torch.randn(batch, num_tokens, shape.rotary_half, generator=generator)
+    positions = torch.arange(num_tokens).expand(batch, -1)
+    first = torch.maximum(positions - window + 1, positions // document * document).int()
+    sink_H = torch.randn(shape.num_heads, generator=generator).requires_grad_() if sink else None
+    out = kernels.attention(qkv, angles.cos(), angles.sin(), first, sink_H, shape=shape, value_scale=0.7)
+    upstream = torch.randn(out.shape, generator=generator).bfloat16()
+    out.backward(upstream)
+
+    qkv64 = qkv.detach().double().requires_grad_()
+    sink64 = None if sink_H is None else sink_H.detach().double().requires_grad_()
+    tables = angles.cos().double(), angles.sin().double()
+    expected = attention_loop(qkv64, *tables, first, sink64, shape, 0.7)
+    expected.backward(upstream.double())
+    assert relative_error(out, expected) < TOLERANCE
+    assert relative_error(qkv.grad, qkv64.grad) < TOLERANCE
+    if sink_H is not None and sink64 is not None:
+        assert relative_error(sink_H.grad, sink64.grad) < TOLERANCE
+
+
+@pytest.mark.usefixtures("library")
+def test_attention_survives_extreme_scores() -> None:
+    """Catches an exponential that overflows, or a normaliser that starts at 0 / 0."""
+    shape = kernels.AttentionShape(1, 1, 16, 16, 2)
+    qkv = (200 * torch.randn(1, 150, shape.width, generator=torch.Generator().manual_seed(0))).bfloat16()
+    tables = torch.ones(1, 150, 2), torch.zeros(1, 150, 2)
+    first = torch.zeros(1, 150, dtype=torch.int32)
+    for sink in (None, torch.full((1,), -1e4), torch.full((1,), 1e4)):
+        qkv.grad = None
+        x = qkv.clone().requires_grad_()
+        out = kernels.attention(x, *tables, first, sink, shape=shape, value_scale=1.0)
+        out.sum().backward()
+        expected = attention_loop(qkv.double(), *(t.double() for t in tables), first, sink, shape, 1.0)
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+        torch.testing.assert_close(out.double(), expected.double(), rtol=0.02, atol=0.02 * float(qkv.abs().max()))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("rows", "dim"), [(700, 256), (1, 24), (257, 40)])
+def test_norm_and_swiglu_match_float64(rows: int, dim: int) -> None:
+    """Catches a wrong formula or a row that is left out, forward and backward."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, dim, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(dim, generator=generator).bfloat16().requires_grad_()
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    upstream = torch.randn(rows, dim, generator=generator).bfloat16()
+    y, y64 = kernels.rms_norm(x, weight, 1e-5), F.rms_norm(x64, (dim,), weight64, 1e-5)
+    y.backward(upstream)
+    y64.backward(upstream.double())
+    assert relative_error(y, y64) < TOLERANCE
+    assert relative_error(x.grad, x64.grad) < TOLERANCE
+    assert relative_error(weight.grad, weight64.grad) < TOLERANCE
+
+    x.grad = x64.grad = None
+    half = upstream[:, : dim // 2]
+    z, z64 = kernels.swiglu(x), F.silu(x64[:, : dim // 2]) * x64[:, dim // 2 :]
+    z.backward(half)
+    z64.backward(half.double())
+    assert relative_error(z, z64) < TOLERANCE
+    assert relative_error(x.grad, x64.grad) < TOLERANCE
+
+
+@pytest.mark.usefixtures("library")
+def test_dispatch_and_combine_match_indexing() -> None:
+    """Catches a row in the wrong place and gradients that miss a copy."""
+    generator = torch.Generator().manual_seed(1)
+    place = torch.randperm(40, generator=generator)[:30]
+    x = torch.randn(10, 24, generator=generator).bfloat16().requires_grad_()
+    spread = kernels.dispatch(x, place, 40)
+    expected = torch.zeros(40, 24, dtype=torch.bfloat16).index_copy(0, place, x.detach().repeat_interleave(3, 0))
+    assert torch.equal(spread, expected)
+    upstream = torch.randn(40, 24, generator=generator).bfloat16()
+    spread.backward(upstream)
+    assert relative_error(x.grad, upstream.double()[place].view(10, 3, 24).sum(1)) < TOLERANCE
+
+    y = torch.randn(40, 24, generator=generator).bfloat16().requires_grad_()
+    weights = torch.rand(10, 3, generator=generator).requires_grad_()
+    y64, weights64 = (t.detach().double().requires_grad_() for t in (y, weights))
+    out = kernels.combine(y, place, weights)
+    out64 = (y64[place].view(10, 3, 24) * weights64[..., None]).sum(1)
+    out.backward(upstream[:10])
+    out64.backward(upstream[:10].double())
+    assert relative_error(out, out64) < TOLERANCE
+    assert relative_error(y.grad, y64.grad) < TOLERANCE
+    assert relative_error(weights.grad, weights64.grad) < TOLERANCE
+
+
+@pytest.mark.usefixtures("library")
+def test_cross_entropy_matches_float64() -> None:
+    """Catches a wrong target, weight or maximum."""
+    generator = torch.Generator().manual_seed(2)
+    logits = (20 * torch.randn(33, 301, generator=generator)).bfloat16()
+    targets, weights = torch.randint(301, (33,), generator=generator), torch.rand(33, generator=generator)
+    logits64 = logits.double().requires_grad_()
+    losses64 = F.cross_entropy(logits64, targets, reduction="none") * weights
+    losses64.sum().backward()
+    losses = kernels.cross_entropy_(logits, targets, weights)
+    assert relative_error(losses, losses64) < 1e-5
+    assert relative_error(logits, logits64.grad) < TOLERANCE
+
+
+def test_a_wrong_size_is_refused() -> None:
+    """Catches reads past the end of a tensor."""
+    shape = kernels.AttentionShape(2, 1, 8, 8, 2)
+    qkv, tables = torch.zeros(1, 4, shape.width, dtype=torch.bfloat16), torch.zeros(1, 4, 2)
+    first = torch.zeros(1, 4, dtype=torch.int32)
+    good = {"shape": shape, "value_scale": 1.0}
+    with pytest.raises(ShapeError, match="columns"):
+        kernels.attention(qkv[..., 1:], tables, tables, first, None, **good)
+    with pytest.raises(ShapeError, match="int32"):
+        kernels.attention(qkv, tables, tables, first.long(), None, **good)
+    odd = dataclasses.replace(shape, num_heads=3, num_kv_heads=2)
+    with pytest.raises(ShapeError, match="divide"):
+        kernels.attention(qkv.new_zeros(1, 4, odd.width), tables, tables, first, None, shape=odd, value_scale=1.0)
+
+
+def test_a_source_that_does_not_compile_is_an_error_with_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a broken build that leaves a half-written library behind or hides the compiler's words."""
+    source = tmp_path / "broken.cpp"
+    source.write_text("int f( {")
+    monkeypatch.setattr(native, "SOURCE", source)
+    compiler = native.find_compiler()
+    assert compiler is not None
+    with pytest.raises(native.BuildError, match=r"broken\.cpp"):
+        native.build(compiler, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
