@@ -21,6 +21,7 @@ import torch
 from common import describe_machine, print_result, print_table, timed
 from openmimo.config.model import AttentionKind, preset
 from openmimo.model.attention import Attention, make_plans
+from openmimo.train.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def measure(kind: AttentionKind, length: int, *, backward: bool, options: argpar
     """Median seconds of `--rounds` passes over one sequence, and the peak of all of them."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as the training loop does
     config, dtype = preset(options.preset), getattr(torch, options.dtype)
     layer = Attention(config, kind)
     for parameter in layer.parameters():
