@@ -17,10 +17,10 @@ from torch import Tensor
 
 from openmimo.checkpoint.load import LoadDtype, load_model
 from openmimo.engine.request import Completion, Request, SamplingParams, StreamEvent
-from openmimo.engine.runner import RunningBatch, TorchRunner
 from openmimo.engine.sampler import choose_greedy, logprobs_of, sample
 from openmimo.engine.sequence import Detokenizer, RunningSequence, TextCodec
 from openmimo.engine.speculate import count_kept
+from openmimo.engine.torch_batch import RunningBatch, TorchRunner
 from openmimo.errors import RequestError, nearest
 from openmimo.model import MiMoModel
 from openmimo.text import Tokenizer

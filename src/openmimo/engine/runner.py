@@ -1,135 +1,147 @@
-"""The seam between the engine and whatever computes: a `Runner` opens a batch, a batch advances its rows.
+"""The seam between the engine and whatever computes: one `Runner` holds weights and caches, all arrays are numpy.
 
-Suffixes: B rows, T tokens of a step, V vocabulary, L sparse layers, k chosen experts, K drafts.
+Sliding layers and MTP heads keep one ring per sequence, in a *row*; global layers keep *pages* of PAGE_TOKENS
+positions: position x of a sequence lies in page `page_table[x // PAGE_TOKENS]` at slot x % PAGE_TOKENS of every global
+layer. The engine hands out rows and pages and counts who holds them; a runner only reads and writes where it is told.
+
+One step: `forward`, then `prefill_heads` for the sequences that are still in their prompt, then `commit`, then `draft`.
+
+Suffixes: S sequences of a step, N flat tokens of a step (sequence after sequence), M wanted rows of logits,
+V vocabulary, L sparse layers, k chosen experts, K MTP heads, W = 2K positions of a head pass.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from openmimo.config.model import ModelConfig
-from openmimo.engine.speculate import Drafter, window_tokens
-from openmimo.model import Cache, MiMoModel, ModelOutput
+
+PAGE_TOKENS = 64
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+Routes = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 
-class RunningBatch(Protocol):
-    """A fixed number of rows, each a sequence at its own length.
+@dataclass(frozen=True, kw_only=True)
+class StepInput:
+    """Tokens to feed. Arrays may be views of buffers that the engine uses again after the call.
 
-    A row starts with `prefill`. Then `propose`, `verify` and `commit` follow each other for all rows together;
-    a row that is idle commits 0 tokens. The newest token of a row is chosen but not yet fed.
+    `starts_S` is the position of each sequence's first token of this step, which is the number of tokens kept in its
+    cache. `page_tables[s]` has pages for at least `starts_S[s] + counts_S[s]` positions. `logits_M` are the flat
+    places whose logits are wanted, ascending; there may be none.
     """
 
-    def prefill(self, row: int, token_ids: list[int]) -> Tensor:
-        """Start a row with a prompt; return the logits of the token after it, shape (V,)."""
-        ...
+    token_ids_N: Int32
+    rows_S: Int32
+    starts_S: Int32
+    counts_S: Int32
+    page_tables: tuple[Int32, ...]
+    logits_M: Int32
 
-    def propose(self, last_B: Tensor) -> Tensor:
-        """The window to verify: each row's newest token, then its drafts, then padding. Shape (B, T)."""
-        ...
 
-    def verify(self, window_BT: Tensor) -> Tensor:
-        """The logits after each token of the window, shape (B, T, V). Nothing is kept until `commit`."""
-        ...
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What a forward pass gave; both arrays belong to the caller until the next `forward`, who may overwrite them.
 
-    def commit(self, num_tokens_B: Tensor) -> None:
-        """Keep the first tokens of each row's window and forget the others."""
-        ...
+    Routes are uint16 above 256 experts, and have shape (N, 0, 0) in a model without sparse layers.
+    """
+
+    logits_MV: Float32
+    routed_experts_NLk: Routes
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A row's rings and hidden states, copied out. Only the runner that made it knows what the arrays mean."""
+
+    arrays: tuple[npt.NDArray[Any], ...]
 
     @property
-    def routed_experts(self) -> Tensor:
-        """Chosen experts of the last `prefill` (1, T, L, k) or `verify` (B, T, L, k)."""
-        ...
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
 
 
 class Runner(Protocol):
-    """A model ready to decode."""
+    """A model ready to decode. Not safe to call from two threads at once.
+
+    A ring has at least `window_keys` + K slots (heads: `window_keys` - 1 + 2K), so that up to K + 1 positions at its
+    end can be taken back and written again. A row that is given to another sequence needs no clearing: what lies
+    before position 0 is never visible.
+    """
 
     @property
     def config(self) -> ModelConfig: ...
 
-    def open_batch(self, batch_size: int, *, num_drafts: int, step_tokens: int) -> RunningBatch:
-        """A batch of empty rows whose windows have `step_tokens` >= 1 + `num_drafts` tokens."""
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def max_step_tokens(self) -> int:
+        """The most tokens N that one `forward` takes."""
         ...
 
-
-class TorchRunner:
-    """The readable runner: PyTorch on any device, one forward pass of all rows per step.
-
-    Why `step_tokens` may exceed 1 + drafts: matrix libraries pick their kernel by shape, so the logits of a token
-    can differ in the last bit between a 1-row and a 4-row product, and a near tie would then resolve differently
-    with drafting on and off. When both run windows of equal width through batches of equal size, all products but
-    the experts' have the same shape. An expert's product has as many rows as tokens chose it; on the CPU that matters
-    in fp32 below 4 rows (a different kernel, differences near 1e-7) and not at all in bf16.
-    """
-
-    def __init__(self, model: MiMoModel) -> None:
-        self.model = model
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: keys and values in the rings of sliding layers and heads."""
+        ...
 
     @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    def open_batch(self, batch_size: int, *, num_drafts: int, step_tokens: int) -> TorchBatch:
-        return TorchBatch(self.model, batch_size, num_drafts=num_drafts, step_tokens=step_tokens)
-
-
-class TorchBatch:
-    """Rows that share one cache. Prompts run alone through the whole-sequence path and are copied into their row."""
-
-    @torch.inference_mode()
-    def __init__(self, model: MiMoModel, batch_size: int, *, num_drafts: int, step_tokens: int) -> None:
-        self.model = model
-        self.step_tokens = step_tokens
-        self.cache_step_tokens = max(step_tokens, window_tokens(num_drafts))
-        self.cache = self._new_cache(batch_size)
-        self.drafter = Drafter(model, num_drafts=num_drafts, batch_size=batch_size) if num_drafts else None
-        self._output: ModelOutput | None = None
-
-    @torch.inference_mode()
-    def prefill(self, row: int, token_ids: list[int]) -> Tensor:
-        cache = self._new_cache(1)
-        tokens_BT = torch.tensor([token_ids], device=self.cache.length_B.device)
-        self._output = output = self.model(tokens_BT, cache=cache)
-        if self.drafter is not None:
-            self.drafter.prefill(row, output, cache)
-        cache.commit(len(token_ids))
-        self.cache.copy_row(row, cache)
-        return self.model.lm_head(self.model.norm(output.hidden_BTD[0, -1]))
-
-    @torch.inference_mode()
-    def propose(self, last_B: Tensor) -> Tensor:
-        last_B = last_B.to(self.cache.length_B.device)
-        window_BT = last_B[:, None]
-        if self.drafter is not None:
-            window_BT = torch.cat((window_BT, self.drafter.draft(last_B, self.cache)), dim=1)
-        return torch.nn.functional.pad(window_BT, (0, self.step_tokens - window_BT.shape[1]))
-
-    @torch.inference_mode()
-    def verify(self, window_BT: Tensor) -> Tensor:
-        self._output = output = self.model(window_BT, cache=self.cache)
-        return output.logits
-
-    @torch.inference_mode()
-    def commit(self, num_tokens_B: Tensor) -> None:
-        assert self._output is not None
-        self.cache.commit(num_tokens_B)
-        if self.drafter is not None:
-            self.drafter.advance(self._output.token_ids_BT, self._output.hidden_BTD, num_tokens_B)
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys and values of PAGE_TOKENS positions in all global layers."""
+        ...
 
     @property
-    def routed_experts(self) -> Tensor:
-        assert self._output is not None
-        return self._output.routed_experts
+    def cache_bytes(self) -> int:
+        """Bytes of all rows and pages."""
+        ...
 
-    def _new_cache(self, batch_size: int) -> Cache:
-        weight = self.model.embed_tokens.weight
-        return Cache(
-            self.model.config,
-            batch_size=batch_size,
-            step_tokens=self.cache_step_tokens,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+    def forward(self, step: StepInput) -> StepOutput:
+        """Run the main model; write keys and values of all tokens; remember each sequence's hidden states."""
+        ...
+
+    def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
+        """Run the heads over `counts_S[s]` positions from `starts_S[s]` on, for sequences of the last forward.
+
+        Called before `commit`. `next_ids[s]` are the ids at positions `starts_S[s]` + 1, + 2, ... as far as they are
+        known: head k at position i takes the one at i + 1 + k, and skips positions whose id is not there. A start may
+        lie up to 2K positions before the forward's own start (a sequence that goes on from a snapshot, whose last
+        positions lacked their next ids): those hidden states come from the row's history.
+        """
+        ...
+
+    def commit(self, rows_S: Int32, kept_S: Int32) -> None:
+        """Of the last forward's tokens the first `kept_S` of each sequence stay.
+
+        Their hidden states go into the row's history, which holds the last 2K kept positions. Rows of the last forward
+        that are not named keep nothing.
+        """
+        ...
+
+    def draft(self, rows_S: Int32, lengths_S: Int32, tokens_SW: Int32) -> Int32:
+        """The heads' greedy proposals for the K tokens after the newest, shape (S, K).
+
+        `lengths_S` counts the kept tokens in the cache, so hidden states are known up to position length - 1.
+        `tokens_SW` holds the ids at positions length - W + 1 to length, the last being the newest token (chosen, not
+        yet fed), and 0 before position 0. Every head runs over positions length - W to length - 1 (from 0 on) and
+        takes the earlier heads' proposals where the text has no id yet; those entries are written again by the next
+        call. If more than K + 1 tokens were kept since the last call, the positions between stay as they were.
+        """
+        ...
+
+    def copy_page(self, source: int, target: int) -> None: ...
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Rings and history."""
+        ...
+
+    def read_row(self, row: int) -> RowState: ...
+
+    def write_row(self, row: int, state: RowState) -> None: ...
