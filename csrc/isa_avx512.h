@@ -1,0 +1,64 @@
+// AVX-512 (F, BW, DQ, VL): bf16 words by the dot instruction where the file is compiled for it, else by two products.
+#pragma once
+
+#include <immintrin.h>
+
+#include "words.h"
+
+namespace {
+
+struct Isa {
+  static constexpr int LANES = 16, REGISTERS = 24, WIDE_VECTORS = 4;
+  using Vec = __m512;
+
+  static Vec set(float x) { return _mm512_set1_ps(x); }
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
+  static float reduce_sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
+  // The two halves of sixteen int16 as floats: whole numbers up to 127 are exact in bf16 too.
+  static void floats_of_int8(const uint8_t* at, __m512& low, __m512& high) {
+    const __m512i both = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 24), 24));
+    high = _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 8));
+  }
+
+#if defined(__AVX512BF16__)
+  using Pair = __m512i;
+  static Pair pair_of_bf16(const uint8_t* at) { return _mm512_loadu_si512(at); }
+  static Pair pair_of_int8(const uint8_t* at) {
+    __m512 low, high;
+    floats_of_int8(at, low, high);
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    // (high & upper) | (low >> 16)
+    return _mm512_ternarylogic_epi32(_mm512_castps_si512(high), upper, _mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                                     0xea);
+  }
+  static Vec dot(Vec sum, uint32_t word, Pair b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(word)), (__m512bh)b);
+  }
+#else
+  struct Pair { __m512 low, high; };
+  static Pair pair_of_bf16(const uint8_t* at) {
+    const __m512i words = _mm512_loadu_si512(at);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static Pair pair_of_int8(const uint8_t* at) {
+    Pair r;
+    floats_of_int8(at, r.low, r.high);
+    return r;
+  }
+  static Vec dot(Vec sum, uint32_t word, const Pair& b) {
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(float_from_bits(word << 16)), b.low, sum);
+    return _mm512_fmadd_ps(_mm512_set1_ps(float_from_bits(word & 0xffff0000u)), b.high, sum);
+  }
+#endif
+};
+
+}  // namespace

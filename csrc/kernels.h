@@ -1,0 +1,95 @@
+// The table of kernels. Each instruction set fills one; the runtime chooses at start.
+//
+// Operands are made of 32-bit *words*: two bf16 values (bf16 arithmetic) or one float (fp32 arithmetic) that lie next to
+// each other along the dimension that a product sums over. A row of activations is `depth` words. The other operand has,
+// for each of the `depth` steps, one word per column. Every output element is one running sum over the steps in order,
+// whatever the number of rows is, so that a token's result never depends on what else is in the batch.
+#pragma once
+
+#include <cstdint>
+
+namespace openmimo {
+
+enum class Arithmetic : int { F32 = 0, BF16 = 1 };
+
+// How weights are stored. INT8 holds one int16 of two values per column and step, and is widened to bf16 on the way.
+enum class Format : int { F32 = 0, BF16 = 1, INT8 = 2 };
+
+constexpr int PANEL = 64;  // columns of a packed panel
+constexpr int BLOCK = 64;  // keys of an attention block; blocks start at positions that are multiples of it
+
+constexpr int64_t words_for(Arithmetic arithmetic, int64_t values) {
+  return arithmetic == Arithmetic::F32 ? values : (values + 1) / 2;
+}
+
+// One product: `num_rows` rows times one panel.
+struct Product {
+  const uint32_t* const* rows;
+  int num_rows;
+  const uint8_t* panel;
+  int64_t stride;  // bytes from one step of the panel to the next
+  int depth;
+  int columns;  // a multiple of 16, at most PANEL
+  float* out;
+  int64_t out_stride;
+  bool accumulate;
+};
+
+// Keys and values of (part of) one block. Scores of lanes that no segment covers are not used.
+struct KeySegment {
+  const uint32_t* words;  // (QK words, stride) with `lanes` keys side by side
+  int64_t stride;
+  int lane, lanes;  // multiples of 16
+};
+struct ValueSegment {
+  const uint32_t* words;  // (steps, padded V dim)
+  int step, steps;
+};
+struct KeyBlock {
+  int64_t position;  // of lane 0
+  int num_keys, num_values;
+  KeySegment keys[4];
+  ValueSegment values[4];
+};
+
+// Softmax attention of some query rows to the blocks of one key/value head.
+struct Attention {
+  const uint32_t* const* queries;
+  int num_rows;
+  const int32_t* first;  // first and last visible position of each row
+  const int32_t* last;
+  const float* sinks;  // one per row, or null
+  const KeyBlock* blocks;
+  int num_blocks;
+  int qk_words, v_dim, v_padded;
+  float scale;
+  float* scratch;              // attention_scratch(num_rows, v_padded) floats
+  uint32_t* const* out;        // one row of words_for(v_dim) words per query row
+};
+
+struct Kernels {
+  const char* name;
+  void (*product)(Format, const Product&);
+  void (*attention)(Arithmetic, const Attention&);
+  // x * r * weight with r = 1 / sqrt(mean(x^2) + eps), as words.
+  void (*norm)(Arithmetic, const float* x, const float* weight, int64_t dim, float eps, uint32_t* out);
+  // x += sum_j weights[j] * parts[j], in the order of j; null weights are 1.
+  void (*add)(float* x, const float* const* parts, const float* weights, int num_parts, int64_t dim);
+  // Rotate dims i and i + half by the position's angle, then write words.
+  void (*rotate)(Arithmetic, const float* x, const float* cosine, const float* sine, int half, int dim, uint32_t* out);
+  // silu(gate) * up as words; `scales` (gate and up columns) may be null.
+  void (*swiglu)(Arithmetic, const float* gate, const float* up, int width, uint32_t* out);
+  void (*sigmoid)(float* x, int64_t count);
+  int64_t (*argmax)(const float* x, int64_t count);
+};
+
+inline int64_t attention_scratch(int64_t rows, int64_t v_padded) { return rows * (2 * BLOCK + v_padded + 4); }
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#endif
+
+}  // namespace openmimo

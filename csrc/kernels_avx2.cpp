@@ -1,0 +1,50 @@
+// AVX2 and FMA: bf16 words are split into two vectors of floats.
+#include <immintrin.h>
+
+#include "words.h"
+
+namespace {
+
+struct Isa {
+  static constexpr int LANES = 8, REGISTERS = 8, WIDE_VECTORS = 2;
+  using Vec = __m256;
+  struct Pair { __m256 low, high; };
+
+  static Vec set(float x) { return _mm256_set1_ps(x); }
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static float reduce_max(Vec x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
+  static float reduce_sum(Vec x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
+  static Pair pair_of_bf16(const uint8_t* at) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static Pair pair_of_int8(const uint8_t* at) {
+    const __m256i both = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(both, 24), 24)),
+            _mm256_cvtepi32_ps(_mm256_srai_epi32(both, 8))};
+  }
+  static Vec dot(Vec sum, uint32_t word, const Pair& b) {
+    sum = _mm256_fmadd_ps(_mm256_set1_ps(float_from_bits(word << 16)), b.low, sum);
+    return _mm256_fmadd_ps(_mm256_set1_ps(float_from_bits(word & 0xffff0000u)), b.high, sum);
+  }
+};
+
+}  // namespace
+
+#include "kernels_impl.h"
+
+OPENMIMO_KERNELS(kernels_avx2, "avx2");

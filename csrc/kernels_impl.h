@@ -1,0 +1,255 @@
+// The kernels, written once over a small vector type `Isa` that the including file defines:
+//   Vec, LANES, REGISTERS; zero, set, load, store, fma, max, reduce_max, reduce_sum
+//   Pair (bf16 words ready for a product), pair_of_bf16(ptr), pair_of_int8(ptr), dot(sum, word, Pair)
+#pragma once
+
+#include "kernels.h"
+#include "words.h"
+
+namespace {
+
+using namespace openmimo;
+
+template <Format F>
+struct Operand;
+
+template <>
+struct Operand<Format::F32> {
+  using B = Isa::Vec;
+  static constexpr int bytes = 4;
+  static B load(const uint8_t* at) { return Isa::load(reinterpret_cast<const float*>(at)); }
+  static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::fma(Isa::set(float_from_bits(word)), b, sum); }
+};
+
+template <>
+struct Operand<Format::BF16> {
+  using B = Isa::Pair;
+  static constexpr int bytes = 4;
+  static B load(const uint8_t* at) { return Isa::pair_of_bf16(at); }
+  static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::dot(sum, word, b); }
+};
+
+template <>
+struct Operand<Format::INT8> {
+  using B = Isa::Pair;
+  static constexpr int bytes = 2;
+  static B load(const uint8_t* at) { return Isa::pair_of_int8(at); }
+  static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::dot(sum, word, b); }
+};
+
+// MR rows times NV vectors of columns, all sums in registers.
+template <Format F, int MR, int NV>
+void product_tile(const Product& p, int row, int column) {
+  using O = Operand<F>;
+  Isa::Vec sum[MR][NV];
+  const uint32_t* a[MR];
+  float* out = p.out + row * p.out_stride + column;
+  for (int i = 0; i < MR; ++i) {
+    a[i] = p.rows[row + i];
+    for (int j = 0; j < NV; ++j)
+      sum[i][j] = p.accumulate ? Isa::load(out + i * p.out_stride + j * Isa::LANES) : Isa::zero();
+  }
+  const uint8_t* b = p.panel + column * O::bytes;
+  for (int step = 0; step < p.depth; ++step, b += p.stride) {
+    typename O::B columns[NV];
+    for (int j = 0; j < NV; ++j) columns[j] = O::load(b + j * Isa::LANES * O::bytes);
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) sum[i][j] = O::dot(sum[i][j], a[i][step], columns[j]);
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) Isa::store(out + i * p.out_stride + j * Isa::LANES, sum[i][j]);
+}
+
+template <Format F, int NV>
+void product_rows(const Product& p, int column) {
+  constexpr int MR = Isa::REGISTERS / NV < 1 ? 1 : (Isa::REGISTERS / NV > 8 ? 8 : Isa::REGISTERS / NV);
+  int row = 0;
+  for (; row + MR <= p.num_rows; row += MR) product_tile<F, MR, NV>(p, row, column);
+  switch (p.num_rows - row) {
+    case 7: if constexpr (MR > 7) product_tile<F, 7, NV>(p, row, column); break;
+    case 6: if constexpr (MR > 6) product_tile<F, 6, NV>(p, row, column); break;
+    case 5: if constexpr (MR > 5) product_tile<F, 5, NV>(p, row, column); break;
+    case 4: if constexpr (MR > 4) product_tile<F, 4, NV>(p, row, column); break;
+    case 3: if constexpr (MR > 3) product_tile<F, 3, NV>(p, row, column); break;
+    case 2: if constexpr (MR > 2) product_tile<F, 2, NV>(p, row, column); break;
+    case 1: if constexpr (MR > 1) product_tile<F, 1, NV>(p, row, column); break;
+    default: break;
+  }
+}
+
+template <Format F>
+void product_of(const Product& p) {
+  constexpr int WIDE = Isa::WIDE_VECTORS;
+  int column = 0;
+  for (; column + WIDE * Isa::LANES <= p.columns; column += WIDE * Isa::LANES) product_rows<F, WIDE>(p, column);
+  constexpr int SIXTEEN = 16 / Isa::LANES;
+  for (; column < p.columns; column += 16) product_rows<F, SIXTEEN>(p, column);
+}
+
+void product(Format format, const Product& p) {
+  switch (format) {
+    case Format::F32: return product_of<Format::F32>(p);
+    case Format::BF16: return product_of<Format::BF16>(p);
+    case Format::INT8: return product_of<Format::INT8>(p);
+  }
+}
+
+constexpr float HIDDEN = -1e30f;
+
+// One block of scores becomes probabilities relative to the running maximum; returns the factor for what was summed so far.
+template <Arithmetic A>
+float softmax_block(float* scores, int first, int last, float scale, float& top, float& total, uint32_t* words) {
+  for (int j = 0; j < BLOCK; ++j) scores[j] = (j >= first && j <= last) ? scores[j] * scale : HIDDEN;
+  Isa::Vec most = Isa::load(scores);
+  for (int j = Isa::LANES; j < BLOCK; j += Isa::LANES) most = Isa::max(most, Isa::load(scores + j));
+  const float best = Isa::reduce_max(most);
+  const float now = best > top ? best : top;
+  for (int j = 0; j < BLOCK; ++j) scores[j] = scores[j] <= HIDDEN ? 0.0f : fast_exp(scores[j] - now);
+  Isa::Vec sum = Isa::load(scores);
+  for (int j = Isa::LANES; j < BLOCK; j += Isa::LANES) sum = Isa::add(sum, Isa::load(scores + j));
+  const float shrink = top <= HIDDEN ? 0.0f : fast_exp(top - now);
+  total = total * shrink + Isa::reduce_sum(sum);
+  top = now;
+  if constexpr (A == Arithmetic::F32)
+    std::memcpy(words, scores, BLOCK * sizeof(float));
+  else
+    for (int j = 0; j < BLOCK / 2; ++j) words[j] = bf16_pair(scores[2 * j], scores[2 * j + 1]);
+  return shrink;
+}
+
+template <Arithmetic A>
+void write_words(const float* x, int count, uint32_t* out) {
+  if constexpr (A == Arithmetic::F32) {
+    std::memcpy(out, x, count * sizeof(float));
+  } else {
+    for (int i = 0; i < count / 2; ++i) out[i] = bf16_pair(x[2 * i], x[2 * i + 1]);
+    if (count % 2) out[count / 2] = bf16_pair(x[count - 1], 0.0f);
+  }
+}
+
+template <Arithmetic A>
+void attention_of(const Attention& t) {
+  constexpr Format F = A == Arithmetic::F32 ? Format::F32 : Format::BF16;
+  const int rows = t.num_rows;
+  float* scores = t.scratch;
+  auto* words = reinterpret_cast<uint32_t*>(scores + rows * BLOCK);
+  float* sums = scores + rows * 2 * BLOCK;
+  float* top = sums + rows * t.v_padded;
+  float* total = top + rows;
+  auto** p_rows = reinterpret_cast<const uint32_t**>(total + rows);
+  for (int i = 0; i < rows; ++i) {
+    top[i] = t.sinks ? t.sinks[i] : HIDDEN;
+    total[i] = t.sinks ? 1.0f : 0.0f;
+  }
+  std::memset(sums, 0, rows * t.v_padded * sizeof(float));
+  for (int b = 0; b < t.num_blocks; ++b) {
+    const KeyBlock& block = t.blocks[b];
+    for (int s = 0; s < block.num_keys; ++s) {
+      const KeySegment& k = block.keys[s];
+      product(F, {t.queries, rows, reinterpret_cast<const uint8_t*>(k.words), k.stride * 4, t.qk_words, k.lanes,
+                  scores + k.lane, BLOCK, false});
+    }
+    for (int i = 0; i < rows; ++i) {
+      const auto first = static_cast<int>(t.first[i] - block.position), last = static_cast<int>(t.last[i] - block.position);
+      if (first >= BLOCK || last < 0) {
+        std::memset(words + i * BLOCK, 0, BLOCK * sizeof(float));
+        continue;
+      }
+      const float shrink = softmax_block<A>(scores + i * BLOCK, first, last, t.scale, top[i], total[i], words + i * BLOCK);
+      if (shrink != 1.0f)
+        for (int v = 0; v < t.v_padded; ++v) sums[i * t.v_padded + v] *= shrink;
+    }
+    for (int s = 0; s < block.num_values; ++s) {
+      const ValueSegment& v = block.values[s];
+      for (int i = 0; i < rows; ++i) p_rows[i] = words + i * BLOCK + v.step;
+      for (int column = 0; column < t.v_padded; column += PANEL) {
+        const int columns = t.v_padded - column < PANEL ? t.v_padded - column : PANEL;
+        product(F, {p_rows, rows, reinterpret_cast<const uint8_t*>(v.words + column), t.v_padded * int64_t{4}, v.steps,
+                    columns, sums + column, t.v_padded, true});
+      }
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    const float inverse = 1.0f / total[i];
+    float* row = sums + i * t.v_padded;
+    for (int v = 0; v < t.v_dim; ++v) row[v] *= inverse;
+    write_words<A>(row, t.v_dim, t.out[i]);
+  }
+}
+
+void attention(Arithmetic a, const Attention& t) {
+  if (a == Arithmetic::F32) attention_of<Arithmetic::F32>(t);
+  else attention_of<Arithmetic::BF16>(t);
+}
+
+void norm(Arithmetic a, const float* x, const float* weight, int64_t dim, float eps, uint32_t* out) {
+  const int64_t whole = dim / Isa::LANES * Isa::LANES;
+  Isa::Vec squares = Isa::zero();
+  for (int64_t i = 0; i < whole; i += Isa::LANES) squares = Isa::fma(Isa::load(x + i), Isa::load(x + i), squares);
+  float sum = Isa::reduce_sum(squares);
+  for (int64_t i = whole; i < dim; ++i) sum += x[i] * x[i];
+  const float r = 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
+  if (a == Arithmetic::F32) {
+    for (int64_t i = 0; i < dim; ++i) out[i] = bits_of(x[i] * r * weight[i]);
+  } else {
+    for (int64_t i = 0; i < dim / 2; ++i)
+      out[i] = bf16_pair(x[2 * i] * r * weight[2 * i], x[2 * i + 1] * r * weight[2 * i + 1]);
+    if (dim % 2) out[dim / 2] = bf16_pair(x[dim - 1] * r * weight[dim - 1], 0.0f);
+  }
+}
+
+void add(float* x, const float* const* parts, const float* weights, int num_parts, int64_t dim) {
+  for (int j = 0; j < num_parts; ++j) {
+    const float* part = parts[j];
+    const float w = weights ? weights[j] : 1.0f;
+    for (int64_t i = 0; i < dim; ++i) x[i] += w * part[i];
+  }
+}
+
+void rotate(Arithmetic a, const float* x, const float* cosine, const float* sine, int half, int dim, uint32_t* out) {
+  float turned[1024];
+  for (int i = 0; i < half; ++i) {
+    turned[i] = x[i] * cosine[i] - x[half + i] * sine[i];
+    turned[half + i] = x[half + i] * cosine[i] + x[i] * sine[i];
+  }
+  for (int i = 2 * half; i < dim; ++i) turned[i] = x[i];
+  if (a == Arithmetic::F32) write_words<Arithmetic::F32>(turned, dim, out);
+  else write_words<Arithmetic::BF16>(turned, dim, out);
+}
+
+void swiglu(Arithmetic a, const float* gate, const float* up, int width, uint32_t* out) {
+  float y[PANEL];
+  for (int i = 0; i < width; ++i) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+  if (a == Arithmetic::F32) write_words<Arithmetic::F32>(y, width, out);
+  else write_words<Arithmetic::BF16>(y, width, out);
+}
+
+void sigmoid_all(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] = sigmoid(x[i]);
+}
+
+// The first of the greatest.
+int64_t argmax(const float* x, int64_t count) {
+  int64_t best = 0;
+  constexpr int64_t CHUNK = 1024;
+  for (int64_t start = 0; start < count; start += CHUNK) {
+    const int64_t end = start + CHUNK < count ? start + CHUNK : count;
+    const int64_t whole = start + (end - start) / Isa::LANES * Isa::LANES;
+    Isa::Vec most = Isa::set(x[best]);
+    for (int64_t i = start; i < whole; i += Isa::LANES) most = Isa::max(most, Isa::load(x + i));
+    float top = Isa::reduce_max(most);
+    for (int64_t i = whole; i < end; ++i) top = x[i] > top ? x[i] : top;
+    if (top > x[best])
+      for (int64_t i = start; i < end; ++i)
+        if (x[i] == top) {
+          best = i;
+          break;
+        }
+  }
+  return best;
+}
+
+#define OPENMIMO_KERNELS(NAME, TEXT) \
+  const openmimo::Kernels openmimo::NAME{TEXT, product, attention, norm, add, rotate, swiglu, sigmoid_all, argmax}
+
+}  // namespace

@@ -1,0 +1,75 @@
+// Plain C++ for every processor. Eight lanes, so that compilers can use what vectors the target has.
+#include "words.h"
+
+namespace {
+
+struct Isa {
+  static constexpr int LANES = 8, REGISTERS = 4, WIDE_VECTORS = 2;
+  struct Vec { float v[LANES]; };
+  struct Pair { Vec low, high; };
+
+  static Vec set(float x) {
+    Vec r;
+    for (float& v : r.v) v = x;
+    return r;
+  }
+  static Vec zero() { return set(0.0f); }
+  static Vec load(const float* p) {
+    Vec r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
+  static void store(float* p, const Vec& x) { std::memcpy(p, x.v, sizeof x.v); }
+  static Vec add(Vec a, const Vec& b) {
+    for (int i = 0; i < LANES; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  static Vec fma(const Vec& a, const Vec& b, Vec c) {
+    for (int i = 0; i < LANES; ++i) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static Vec max(Vec a, const Vec& b) {
+    for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static float reduce_max(const Vec& x) {
+    float r = x.v[0];
+    for (float v : x.v) r = v > r ? v : r;
+    return r;
+  }
+  static float reduce_sum(const Vec& x) {
+    float r = 0.0f;
+    for (float v : x.v) r += v;
+    return r;
+  }
+  static Pair pair_of_bf16(const uint8_t* at) {
+    Pair r;
+    uint32_t words[LANES];
+    std::memcpy(words, at, sizeof words);
+    for (int i = 0; i < LANES; ++i) {
+      r.low.v[i] = float_from_bits(words[i] << 16);
+      r.high.v[i] = float_from_bits(words[i] & 0xffff0000u);
+    }
+    return r;
+  }
+  static Pair pair_of_int8(const uint8_t* at) {
+    Pair r;
+    for (int i = 0; i < LANES; ++i) {
+      r.low.v[i] = static_cast<float>(static_cast<int8_t>(at[2 * i]));
+      r.high.v[i] = static_cast<float>(static_cast<int8_t>(at[2 * i + 1]));
+    }
+    return r;
+  }
+  static Vec dot(Vec sum, uint32_t word, const Pair& b) {
+    const float low = float_from_bits(word << 16), high = float_from_bits(word & 0xffff0000u);
+    for (int i = 0; i < LANES; ++i) sum.v[i] += low * b.low.v[i];
+    for (int i = 0; i < LANES; ++i) sum.v[i] += high * b.high.v[i];
+    return sum;
+  }
+};
+
+}  // namespace
+
+#include "kernels_impl.h"
+
+OPENMIMO_KERNELS(kernels_scalar, "scalar");

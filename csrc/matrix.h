@@ -1,0 +1,75 @@
+// Weights, packed for the kernels.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace openmimo {
+
+struct FreeMemory {
+  int64_t bytes = 0;
+  void operator()(void* p) const;
+};
+
+// Cleared memory at a multiple of 64 bytes. Large buffers take up memory only where they were touched.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count);
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  const T& operator[](int64_t i) const { return data_.get()[i]; }
+  int64_t size() const { return size_; }
+  int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
+
+ private:
+  std::unique_ptr<T, FreeMemory> data_;
+  int64_t size_ = 0;
+};
+
+// Row-major values to pack: fp32, or bf16 in 16-bit words.
+struct Source {
+  const void* data = nullptr;
+  bool is_bf16 = false;
+  int64_t rows = 0, columns = 0;
+  float at(int64_t row, int64_t column) const;
+};
+
+// A weight (out x in) in panels of 64 outputs: panel, step, column. Outputs are padded with zeros.
+class Matrix {
+ public:
+  Matrix() = default;
+  // `order[c]` is the source row that becomes output c, -1 for a column of zeros.
+  Matrix(const Source& source, const std::vector<int64_t>& order, Format format, Pool& pool);
+
+  bool empty() const { return panels_ == 0; }
+  Format format() const { return format_; }
+  int64_t outputs() const { return outputs_; }
+  int64_t panels() const { return panels_; }
+  int64_t bytes() const { return data_.bytes() + scales_.bytes(); }
+
+  // out (rows x PANEL or wider) = rows times panel `panel`, scaled.
+  void multiply(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
+                int64_t out_stride) const;
+
+ private:
+  Format format_ = Format::F32;
+  int64_t outputs_ = 0, inputs_ = 0, panels_ = 0, steps_ = 0;
+  int64_t step_bytes_ = 0;
+  Buffer<uint8_t> data_;
+  Buffer<float> scales_;  // one per output, INT8 only
+};
+
+std::vector<int64_t> identity_order(int64_t count);
+
+// Panels of 32 gate and their 32 up outputs, from `width` gate rows followed by `width` up rows.
+std::vector<int64_t> gate_up_order(int64_t width);
+
+}  // namespace openmimo

@@ -1,0 +1,78 @@
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace openmimo {
+namespace {
+
+// Rounds of spinning, tens of nanoseconds each: a barrier inside a step is short, the gap between two steps is a few
+// hundred microseconds of Python. Whoever waits longer gives the core away.
+constexpr int BARRIER_SPINS = 20000, WORK_SPINS = 10000;
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+template <typename T>
+void wait_for_change(std::atomic<T>& value, T old, int spins) {
+  for (int i = 0; i < spins; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    pause_briefly();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+Pool::Pool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {
+  for (int thread = 1; thread < num_threads_; ++thread) threads_.emplace_back([this, thread] { worker(thread); });
+}
+
+Pool::~Pool() {
+  stop_ = true;
+  ++generation_;
+  generation_.notify_all();
+  for (auto& thread : threads_) thread.join();
+}
+
+void Pool::run(const std::function<void(int)>& work) {
+  if (num_threads_ == 1) return work(0);
+  work_ = &work;
+  done_.store(0, std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  work(0);
+  for (uint32_t done = done_.load(std::memory_order_acquire); done + 1 != static_cast<uint32_t>(num_threads_);
+       done = done_.load(std::memory_order_acquire))
+    wait_for_change(done_, done, BARRIER_SPINS);
+}
+
+void Pool::worker(int thread) {
+  uint32_t seen = 0;
+  while (true) {
+    wait_for_change(generation_, seen, WORK_SPINS);
+    seen = generation_.load(std::memory_order_acquire);
+    if (stop_) return;
+    (*work_)(thread);
+    done_.fetch_add(1, std::memory_order_release);
+    done_.notify_one();
+  }
+}
+
+void Pool::barrier() {
+  if (num_threads_ == 1) return;
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(num_threads_)) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.fetch_add(1, std::memory_order_release);
+    phase_.notify_all();
+  } else {
+    wait_for_change(phase_, phase, BARRIER_SPINS);
+  }
+}
+
+}  // namespace openmimo

@@ -1,0 +1,299 @@
+// MTP heads, what they remember of each row, weights by name, and copies of rows and pages.
+#include <cstring>
+#include <stdexcept>
+
+#include "runtime_state.h"
+
+namespace openmimo {
+
+// x = join([norm of the next token's embedding, norm of the hidden state])
+void Runtime::head_inputs(int head, Step& step, int thread) {
+  Layer& layer = *layers_[config_.is_sliding.size() + head];
+  Local& l = local(step, thread);
+  const int64_t dim = config_.hidden, words = step.hidden_words;
+  const auto [begin, end] = step.rows_of(thread, pool_.size());
+  for (int64_t n = begin; n < end; ++n) {
+    float* x = l.x.data() + n * dim;
+    embed(head_tokens_[n], x);
+    kernels_.norm(config_.arithmetic, x, layer.embedding_norm.data(), dim, config_.eps, l.normed.data() + n * 2 * words);
+    kernels_.norm(config_.arithmetic, head_hidden_[n], layer.hidden_norm.data(), dim, config_.eps,
+                  l.normed.data() + (n * 2 + 1) * words);
+    std::memset(x, 0, dim * sizeof(float));
+  }
+  if (!step.replicated) pool_.barrier();
+  auto& rows = locals_[thread]->rows;
+  for (int64_t n = 0; n < step.n; ++n) rows[n] = l.normed.data() + n * 2 * words;
+  project(layer.join, rows.data(), step.n, step.y.data(), step.y_stride, thread);
+  pool_.barrier();
+  locals_[thread]->pending = Pending::ROWS;
+}
+
+std::vector<Sequence> Runtime::head_sequences(int head, const std::vector<int32_t>& rows, bool with_newest) {
+  std::vector<Sequence> sequences;
+  for (const int32_t row : rows) {
+    const History& history = histories_[row];
+    Sequence s;
+    s.row = row;
+    // Entries before the window of the last position are never read again.
+    s.start = std::max({history.next[head], history.first(), history.length - layers_.back()->cache.slots});
+    if (with_newest) s.start = std::min(s.start, history.length - 1);
+    s.count = static_cast<int>(history.length - s.start - (with_newest ? 0 : head + 1));
+    s.query_from = with_newest ? s.count - 1 : s.count;
+    if (s.count > 0) sequences.push_back(s);
+  }
+  return sequences;
+}
+
+// Run a head over the positions it lacks. With `newest` it drafts: tokens behind the kept ones are `newest`, then `drafts`.
+void Runtime::head_pass(int head, const std::vector<int32_t>& rows, const int32_t* newest, int32_t* drafts) {
+  Step& step = *heads_;
+  Layer& layer = *layers_[config_.is_sliding.size() + head];
+  const std::vector<Sequence> sequences = head_sequences(head, rows, newest != nullptr);
+  if (sequences.empty()) return;
+  prepare(step, sequences);
+  head_tokens_.resize(step.n);
+  head_hidden_.resize(step.n);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Sequence& s = step.sequences[i];
+    const History& history = histories_[s.row];
+    for (int j = 0; j < s.count; ++j) {
+      const int64_t position = s.start + j, next = position + 1 + head;
+      head_hidden_[s.offset + j] = history.hidden.data() + (position - history.first()) * config_.hidden;
+      head_tokens_[s.offset + j] = next < history.length    ? history.tokens[next - history.first()]
+                                   : next == history.length ? newest[i]
+                                                            : drafts[i * config_.mtp_heads + next - history.length - 1];
+    }
+  }
+  if (newest && static_cast<int64_t>(step.logits.size()) < step.num_queries * step.logit_stride)
+    step.logits = Buffer<float>(step.num_queries * step.logit_stride);
+  pool_.run([&](int thread) {
+    head_inputs(head, step, thread);
+    attention_inputs(layer, step, thread);
+    if (!newest) return;
+    attention_phase(layer, step, thread);
+    feed_forward(layer, step, thread);
+    Local& l = local(step, thread);
+    const auto [begin, end] = step.query_rows_of(thread, pool_.size());
+    absorb(step, l, begin, end, thread);
+    norm_rows(step, l, begin, end, layer.final_norm);
+    if (!step.replicated) pool_.barrier();
+    auto& out = locals_[thread]->rows;
+    for (int64_t i = 0; i < step.num_queries; ++i) out[i] = l.normed.data() + i * step.hidden_words;
+    project(head_, out.data(), step.num_queries, step.logits.data(), step.logit_stride, thread);
+    pool_.barrier();
+    for (int64_t i = thread; i < step.num_queries; i += pool_.size())
+      drafts[i * config_.mtp_heads + head] =
+          static_cast<int32_t>(kernels_.argmax(step.logits.data() + i * step.logit_stride, config_.vocab));
+  });
+  for (const Sequence& s : step.sequences) {
+    History& history = histories_[s.row];
+    history.next[head] = history.length - (newest ? head : head + 1);
+  }
+}
+
+void Runtime::draft(const int32_t* rows, const int32_t* newest, int num_rows, int32_t* drafts) {
+  if (config_.mtp_heads == 0) throw std::invalid_argument("this runtime has no MTP heads to draft with");
+  const std::vector<int32_t> all(rows, rows + num_rows);
+  for (int i = 0; i < num_rows; ++i)
+    if (histories_[rows[i]].tokens.empty()) throw std::invalid_argument("draft before any token of the row was kept");
+  for (int head = 0; head < config_.mtp_heads; ++head) head_pass(head, all, newest, drafts);
+  for (const int32_t row : all) trim(row);
+}
+
+// Forget hidden states that no head needs any more.
+void Runtime::trim(int row) {
+  History& history = histories_[row];
+  const int64_t needed = *std::min_element(history.next.begin(), history.next.end());
+  // Some positions stay beyond that: a draft needs the last one, and a step may take tokens back.
+  const int64_t spare = 1 + config_.mtp_heads;
+  const int64_t drop = std::min<int64_t>(needed - history.first(), static_cast<int64_t>(history.tokens.size()) - spare);
+  if (drop <= 0) return;
+  history.tokens.erase(history.tokens.begin(), history.tokens.begin() + drop);
+  history.hidden.erase(history.hidden.begin(), history.hidden.begin() + drop * config_.hidden);
+}
+
+void Runtime::commit(const int32_t* kept) {
+  for (size_t i = 0; i < last_.size(); ++i) {
+    const Sequence& s = last_[i];
+    if (kept[i] < 0 || kept[i] > s.count) throw std::invalid_argument("cannot keep more tokens than the step had");
+    History& history = histories_[s.row];
+    history.length = s.start + kept[i];
+    if (config_.mtp_heads == 0) continue;
+    const float* hidden = main_->hidden.data() + s.offset * config_.hidden;
+    history.hidden.insert(history.hidden.end(), hidden, hidden + static_cast<int64_t>(kept[i]) * config_.hidden);
+    history.tokens.insert(history.tokens.end(), last_tokens_.begin() + s.offset, last_tokens_.begin() + s.offset + kept[i]);
+    if (static_cast<int>(history.tokens.size()) > MAX_HISTORY) {
+      for (int head = 0; head < config_.mtp_heads; ++head) head_pass(head, {s.row}, nullptr, nullptr);
+      trim(s.row);
+    }
+  }
+  last_.clear();
+}
+
+// A step starts at `length`: forget what lies behind it, or everything when the row belonged to another sequence.
+void Runtime::rewind(int row, int64_t length) {
+  History& history = histories_[row];
+  if (length == history.length) return;
+  const int64_t keep = length > history.length ? 0 : std::max<int64_t>(0, length - history.first());
+  history.tokens.resize(keep);
+  history.hidden.resize(keep * config_.hidden);
+  history.length = length;
+  for (int head = 0; head < config_.mtp_heads; ++head)
+    history.next[head] = keep > 0 ? std::min(history.next[head], length - head) : length;
+}
+
+void Runtime::copy_row(int source, int target) {
+  std::memcpy(rings_.data() + target * ring_words_, rings_.data() + source * ring_words_, ring_words_ * sizeof(uint32_t));
+  histories_.at(target) = histories_.at(source);
+}
+
+void Runtime::copy_page(int source, int target) {
+  std::memcpy(pages_.data() + target * page_words_, pages_.data() + source * page_words_, page_words_ * sizeof(uint32_t));
+}
+
+// Rings, then length, next positions, number of held positions, their tokens and hidden states.
+int64_t Runtime::row_state_bytes() const {
+  const int64_t positions = MAX_HISTORY + config_.mtp_heads + 1;
+  return row_bytes() + 8 * (2 + config_.mtp_heads) + positions * (4 + 4 * static_cast<int64_t>(config_.hidden));
+}
+
+void Runtime::read_row(int row, uint8_t* state) const {
+  const History& history = histories_.at(row);
+  const auto put = [&](const void* from, int64_t bytes) {
+    std::memcpy(state, from, bytes);
+    state += bytes;
+  };
+  const auto count = static_cast<int64_t>(history.tokens.size());
+  put(rings_.data() + row * ring_words_, row_bytes());
+  put(&history.length, 8);
+  put(history.next.data(), 8 * config_.mtp_heads);
+  put(&count, 8);
+  put(history.tokens.data(), 4 * count);
+  put(history.hidden.data(), 4 * count * config_.hidden);
+}
+
+void Runtime::write_row(int row, const uint8_t* state) {
+  History& history = histories_.at(row);
+  const auto take = [&](void* to, int64_t bytes) {
+    std::memcpy(to, state, bytes);
+    state += bytes;
+  };
+  int64_t count = 0;
+  take(rings_.data() + row * ring_words_, row_bytes());
+  take(&history.length, 8);
+  take(history.next.data(), 8 * config_.mtp_heads);
+  take(&count, 8);
+  history.tokens.resize(count);
+  history.hidden.resize(count * config_.hidden);
+  take(history.tokens.data(), 4 * count);
+  take(history.hidden.data(), 4 * count * config_.hidden);
+}
+
+int64_t Runtime::row_bytes() const { return ring_words_ * static_cast<int64_t>(sizeof(uint32_t)); }
+
+int64_t Runtime::page_bytes() const { return page_words_ * static_cast<int64_t>(sizeof(uint32_t)); }
+
+int Runtime::num_sparse_layers() const {
+  return static_cast<int>(std::count(config_.is_moe.begin(), config_.is_moe.end(), 1));
+}
+
+int64_t Runtime::weight_bytes() const {
+  int64_t total = embedding_bf16_.bytes() + embedding_f32_.bytes() + head_.bytes();
+  for (const auto& layer : layers_) {
+    for (const Matrix* m : {&layer->qkv, &layer->o, &layer->gate_up, &layer->down, &layer->router, &layer->join})
+      total += m->bytes();
+    for (const auto* experts : {&layer->experts_gate_up, &layer->experts_down})
+      for (const Matrix& m : *experts) total += m.bytes();
+  }
+  return total;
+}
+
+namespace {
+
+void check_shape(const std::string& part, const Source& source, int64_t rows, int64_t columns) {
+  if (source.rows != rows || source.columns != columns)
+    throw std::invalid_argument(part + " has shape (" + std::to_string(source.rows) + ", " + std::to_string(source.columns) +
+                                "), expected (" + std::to_string(rows) + ", " + std::to_string(columns) + ")");
+}
+
+Buffer<float> vector_of(const std::string& part, const Source& source, int64_t count) {
+  check_shape(part, source, 1, count);
+  Buffer<float> values(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = source.at(0, i);
+  return values;
+}
+
+}  // namespace
+
+void Runtime::set(const std::string& part, int layer_index, const Source& source) {
+  const RuntimeConfig& c = config_;
+  const auto matrix = [&](int64_t rows, int64_t columns, Format format) {
+    check_shape(part, source, rows, columns);
+    return Matrix(source, identity_order(rows), format, pool_);
+  };
+  if (part == "embedding") {
+    check_shape(part, source, c.vocab, c.hidden);
+    const int64_t count = source.rows * source.columns;
+    if (source.is_bf16) {
+      embedding_bf16_ = Buffer<uint16_t>(count);
+      std::memcpy(embedding_bf16_.data(), source.data, count * 2);
+    } else {
+      embedding_f32_ = Buffer<float>(count);
+      std::memcpy(embedding_f32_.data(), source.data, count * 4);
+    }
+    return;
+  }
+  if (part == "norm") return void(norm_ = vector_of(part, source, c.hidden));
+  if (part == "head") return void(head_ = matrix(c.vocab, c.hidden, c.format));
+  if (layer_index < 0 || layer_index >= static_cast<int>(layers_.size()))
+    throw std::invalid_argument("no layer " + std::to_string(layer_index) + " for " + part);
+  Layer& layer = *layers_[layer_index];
+  const Geometry& g = geometry(layer);
+  const int64_t width = static_cast<int64_t>(g.heads + g.groups) * g.qk + static_cast<int64_t>(g.groups) * g.v;
+  const auto pair = [&](int64_t inner) {
+    check_shape(part, source, 2 * inner, c.hidden);
+    return Matrix(source, gate_up_order(inner), c.format, pool_);
+  };
+  if (part == "input_norm") layer.input_norm = vector_of(part, source, c.hidden);
+  else if (part == "post_norm") layer.post_norm = vector_of(part, source, c.hidden);
+  else if (part == "embedding_norm") layer.embedding_norm = vector_of(part, source, c.hidden);
+  else if (part == "hidden_norm") layer.hidden_norm = vector_of(part, source, c.hidden);
+  else if (part == "final_norm") layer.final_norm = vector_of(part, source, c.hidden);
+  else if (part == "sinks") layer.sinks = vector_of(part, source, g.heads);
+  else if (part == "router_bias") layer.router_bias = vector_of(part, source, c.experts);
+  else if (part == "qkv") layer.qkv = matrix(width, c.hidden, c.format);
+  else if (part == "o") layer.o = matrix(c.hidden, static_cast<int64_t>(g.heads) * g.v, c.format);
+  else if (part == "join") layer.join = matrix(c.hidden, 2 * static_cast<int64_t>(c.hidden), c.format);
+  else if (part == "router") layer.router = matrix(c.experts, c.hidden, Format::F32);
+  else if (part == "gate_up") layer.gate_up = pair(c.dense_dim);
+  else if (part == "down") layer.down = matrix(c.hidden, c.dense_dim, c.format);
+  else if (part == "expert_gate_up") layer.experts_gate_up.push_back(pair(c.expert_dim));
+  else if (part == "expert_down") layer.experts_down.push_back(matrix(c.hidden, c.expert_dim, c.format));
+  else throw std::invalid_argument("no weight is called " + part);
+}
+
+void Runtime::check_complete() const {
+  const auto need = [](bool there, const std::string& what) {
+    if (!there) throw std::invalid_argument("weights are incomplete: " + what + " is missing");
+  };
+  need(embedding_bf16_.size() + embedding_f32_.size() > 0, "embedding");
+  need(norm_.size() > 0 && !head_.empty(), "final norm or output head");
+  const size_t experts = config_.experts;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& layer = *layers_[i];
+    const std::string where = "layer " + std::to_string(i) + " ";
+    need(layer.input_norm.size() > 0 && layer.post_norm.size() > 0, where + "norm");
+    need(!layer.qkv.empty() && !layer.o.empty(), where + "attention");
+    need(!geometry(layer).sink || layer.sinks.size() > 0, where + "sinks");
+    if (layer.moe)
+      need(!layer.router.empty() && layer.router_bias.size() > 0 && layer.experts_gate_up.size() == experts &&
+               layer.experts_down.size() == experts, where + "router or experts");
+    else
+      need(!layer.gate_up.empty() && !layer.down.empty(), where + "feed-forward");
+    if (i >= config_.is_sliding.size())
+      need(!layer.join.empty() && layer.embedding_norm.size() > 0 && layer.hidden_norm.size() > 0 &&
+               layer.final_norm.size() > 0, where + "MTP projection or norms");
+  }
+}
+
+}  // namespace openmimo

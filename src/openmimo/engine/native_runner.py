@@ -1,0 +1,221 @@
+"""The fast runner: the C++ runtime behind the `Runner` protocol, on any CPU.
+
+Its results are batch-invariant: what else is in a step, how a prompt is cut into chunks and how many drafts are fed
+change no bit of a sequence's logits.
+
+Suffixes: S sequences, N flat tokens, M wanted rows of logits, V vocabulary, L sparse layers, k choices, K MTP heads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmimo.config.model import AttentionKind, ModelConfig
+from openmimo.engine.runner import Int32, RowState, StepInput, StepOutput
+from openmimo.errors import RequestError, nearest
+from openmimo.model import MiMoModel
+
+WEIGHTS = ("float32", "bf16", "int8")
+# Names a kernel table, such as "scalar" or "avx2", instead of the fastest that works here.
+KERNELS_VARIABLE = "OPENMIMO_CPU"
+
+
+def load_extension() -> Any:
+    """The compiled module. Raises: RequestError with the reason when this installation lacks it."""
+    try:
+        from openmimo import _native
+    except ImportError as error:
+        raise RequestError(
+            f"the C++ runtime is not installed ({error}); runner='torch' works without it, slower; "
+            "to get it, install a C++20 compiler and run `pip install --force-reinstall --no-deps .`"
+        ) from error
+    return _native
+
+
+class NativeRunner:
+    """Weights packed for this processor, rings and pages, and the calls of the `Runner` protocol.
+
+    `weights` is float32, bf16 or int8 (per output channel, bf16 arithmetic). Raises: RequestError on other words, or
+    when the extension is missing.
+    """
+
+    def __init__(
+        self,
+        model: MiMoModel,
+        *,
+        weights: str = "bf16",
+        num_rows: int = 32,
+        num_pages: int = 1024,
+        max_step_tokens: int = 512,
+        threads: int = 0,
+    ) -> None:
+        native = load_extension()
+        if weights not in WEIGHTS:
+            raise RequestError(f"weights={weights!r} is not a format of the native runner; {nearest(weights, WEIGHTS)}")
+        self.config = model.config
+        self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
+        settings = _settings(native, model.config, weights)
+        settings.num_rows, settings.num_pages, settings.max_step_tokens = num_rows, num_pages, max_step_tokens
+        settings.threads = threads or torch.get_num_threads()
+        settings.kernels = os.environ.get(KERNELS_VARIABLE, "")
+        try:
+            self.runtime = native.Runtime(settings)
+            for part, layer, tensor in _weights(model):
+                self.runtime.set(part, layer, _array(tensor))
+            self.runtime.check_complete()
+        except (ValueError, RuntimeError) as error:
+            raise RequestError(f"the native runner cannot take this model: {error}") from error
+        moe = model.config.moe
+        self._routes_shape = (
+            model.config.num_moe_layers,
+            moe.num_experts_per_token if moe and model.config.num_moe_layers else 0,
+        )
+        self._routes_dtype = np.uint8 if moe is None or moe.num_experts <= 256 else np.uint16
+        self._rows_S = np.zeros(0, np.int32)
+
+    @property
+    def kernels(self) -> str:
+        """The kernel table in use."""
+        return self.runtime.kernels
+
+    @property
+    def row_bytes(self) -> int:
+        return self.runtime.row_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        return self.runtime.page_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_rows * self.row_bytes + self.num_pages * self.page_bytes
+
+    def forward(self, step: StepInput) -> StepOutput:
+        tables = step.page_tables
+        pages = tables[0] if len(tables) == 1 else np.concatenate(tables)
+        ends = np.cumsum([len(table) for table in tables], dtype=np.int32)
+        logits_MV = np.empty((len(step.logits_M), self.config.vocab_size), np.float32)
+        routes_NLk = np.empty((len(step.token_ids_N), *self._routes_shape), np.int32)
+        try:
+            self.runtime.forward(
+                step.token_ids_N,
+                step.rows_S,
+                step.starts_S,
+                step.counts_S,
+                pages,
+                ends,
+                step.logits_M,
+                logits_MV,
+                routes_NLk,
+            )
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        self._rows_S = step.rows_S.copy()
+        return StepOutput(logits_MV=logits_MV, routed_experts_NLk=routes_NLk.astype(self._routes_dtype))
+
+    def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
+        """Nothing to do: `commit` remembers the tokens it keeps and runs the heads over long stretches itself."""
+
+    def commit(self, rows_S: Int32, kept_S: Int32) -> None:
+        if len(rows_S) != len(self._rows_S) or (rows_S != self._rows_S).any():
+            kept = dict(zip(rows_S.tolist(), kept_S.tolist(), strict=True))
+            kept_S = np.array([kept.get(row, 0) for row in self._rows_S.tolist()], np.int32)
+        self.runtime.commit(kept_S)
+
+    def draft(self, rows_S: Int32, lengths_S: Int32, tokens_SW: Int32) -> Int32:
+        drafts_SK = np.empty((len(rows_S), self.config.num_mtp_heads), np.int32)
+        self.runtime.draft(rows_S, np.ascontiguousarray(tokens_SW[:, -1]), drafts_SK)
+        return drafts_SK
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.runtime.copy_page(source, target)
+
+    def copy_row(self, source: int, target: int) -> None:
+        self.runtime.copy_row(source, target)
+
+    def read_row(self, row: int) -> RowState:
+        state = np.zeros(self.runtime.row_state_bytes, np.uint8)
+        self.runtime.read_row(row, state)
+        return RowState((state,))
+
+    def write_row(self, row: int, state: RowState) -> None:
+        self.runtime.write_row(row, state.arrays[0])
+
+
+def _settings(native: Any, config: ModelConfig, weights: str) -> Any:
+    settings = native.RuntimeConfig()
+    settings.set_weights(weights)
+    settings.vocab, settings.hidden, settings.dense_dim = config.vocab_size, config.hidden_size, config.dense_dim
+    settings.is_sliding = [int(kind is AttentionKind.SLIDING) for kind in config.layer_kinds]
+    settings.is_moe = [int(sparse) for sparse in config.layer_is_moe]
+    settings.global_ = _geometry(native, config, AttentionKind.GLOBAL)
+    settings.sliding = _geometry(native, config, AttentionKind.SLIDING)
+    if config.moe is not None:
+        moe = config.moe
+        settings.experts, settings.top_k, settings.expert_dim = (
+            moe.num_experts,
+            moe.num_experts_per_token,
+            moe.expert_dim,
+        )
+        settings.normalize_weights, settings.routed_scaling = moe.normalize_weights, moe.routed_scaling
+    settings.mtp_heads, settings.value_scale, settings.eps = config.num_mtp_heads, config.value_scale, config.norm_eps
+    return settings
+
+
+def _geometry(native: Any, config: ModelConfig, kind: AttentionKind) -> Any:
+    attention, geometry = config.attention(kind), native.Geometry()
+    geometry.heads, geometry.groups = attention.num_heads, attention.num_kv_heads
+    geometry.qk, geometry.v = attention.qk_head_dim, attention.v_head_dim
+    geometry.window = attention.window_keys or 0
+    geometry.rotary_half = config.rotary_dim(kind) // 2
+    geometry.theta, geometry.sink = attention.rope_theta, attention.sink
+    return geometry
+
+
+# Parts of the runtime by the names of the model's state, relative to a layer.
+LAYER_PARTS = {
+    "input_layernorm.weight": "input_norm",
+    "post_attention_layernorm.weight": "post_norm",
+    "pre_mlp_layernorm.weight": "post_norm",
+    "self_attn.qkv_proj.weight": "qkv",
+    "self_attn.o_proj.weight": "o",
+    "self_attn.attention_sink_bias": "sinks",
+    "mlp.gate.weight": "router",
+    "mlp.gate.e_score_correction_bias": "router_bias",
+    "mlp.gate_up_proj.weight": "gate_up",
+    "mlp.down_proj.weight": "down",
+    "mlp.experts.gate_up_proj": "expert_gate_up",
+    "mlp.experts.down_proj": "expert_down",
+    "enorm.weight": "embedding_norm",
+    "hnorm.weight": "hidden_norm",
+    "final_layernorm.weight": "final_norm",
+    "eh_proj.weight": "join",
+}
+WHOLE_PARTS = {"embed_tokens.weight": "embedding", "norm.weight": "norm", "lm_head.weight": "head"}
+
+
+def _weights(model: MiMoModel) -> Iterator[tuple[str, int, Tensor]]:
+    """Every weight as (part, layer, tensor); MTP heads follow the main layers, experts come one by one in order."""
+    for name, tensor in model.state_dict().items():
+        if name in WHOLE_PARTS:
+            yield WHOLE_PARTS[name], 0, tensor
+            continue
+        group, index, rest = name.split(".", 2)
+        layer = int(index) + (model.config.num_layers if group == "mtp_heads" else 0)
+        part = LAYER_PARTS[rest]
+        for one in tensor if part.startswith("expert_") else (tensor,):
+            yield part, layer, one
+
+
+def _array(tensor: Tensor) -> Any:
+    """fp32, or bf16 as the uint16 that the extension expects."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.float().numpy()
