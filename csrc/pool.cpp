@@ -7,9 +7,9 @@
 namespace openmimo {
 namespace {
 
-// Rounds of spinning, tens of nanoseconds each: a barrier inside a step is short, the gap between two steps is a few
-// hundred microseconds of Python. Whoever waits longer gives the core away.
-constexpr int BARRIER_SPINS = 20000, WORK_SPINS = 10000;
+// Tens of nanoseconds each: a barrier inside a step is short. Then the core is offered to others a few times, which costs
+// little when nobody wants it and much less than spinning when somebody does; whoever waits longer sleeps.
+constexpr int SPINS = 2000, YIELDS = 50;
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -18,10 +18,11 @@ inline void pause_briefly() {
 }
 
 template <typename T>
-void wait_for_change(std::atomic<T>& value, T old, int spins) {
-  for (int i = 0; i < spins; ++i) {
+void wait_for_change(std::atomic<T>& value, T old) {
+  for (int i = 0; i < SPINS + YIELDS; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
-    pause_briefly();
+    if (i < SPINS) pause_briefly();
+    else std::this_thread::yield();
   }
   value.wait(old, std::memory_order_acquire);
 }
@@ -48,13 +49,13 @@ void Pool::run(const std::function<void(int)>& work) {
   work(0);
   for (uint32_t done = done_.load(std::memory_order_acquire); done + 1 != static_cast<uint32_t>(num_threads_);
        done = done_.load(std::memory_order_acquire))
-    wait_for_change(done_, done, BARRIER_SPINS);
+    wait_for_change(done_, done);
 }
 
 void Pool::worker(int thread) {
   uint32_t seen = 0;
   while (true) {
-    wait_for_change(generation_, seen, WORK_SPINS);
+    wait_for_change(generation_, seen);
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
     (*work_)(thread);
@@ -71,7 +72,7 @@ void Pool::barrier() {
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
   } else {
-    wait_for_change(phase_, phase, BARRIER_SPINS);
+    wait_for_change(phase_, phase);
   }
 }
 

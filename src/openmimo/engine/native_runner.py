@@ -76,7 +76,7 @@ class NativeRunner:
             model.config.num_moe_layers,
             moe.num_experts_per_token if moe and model.config.num_moe_layers else 0,
         )
-        self._routes_dtype = np.uint8 if moe is None or moe.num_experts <= 256 else np.uint16
+        self._wide_routes = moe is not None and moe.num_experts > 256
         self._rows_S = np.zeros(0, np.int32)
 
     @property
@@ -117,7 +117,8 @@ class NativeRunner:
         except ValueError as error:
             raise RequestError(str(error)) from error
         self._rows_S = step.rows_S.copy()
-        return StepOutput(logits_MV=logits_MV, routed_experts_NLk=routes_NLk.astype(self._routes_dtype))
+        routes = routes_NLk.astype(np.uint16) if self._wide_routes else routes_NLk.astype(np.uint8)
+        return StepOutput(logits_MV=logits_MV, routed_experts_NLk=routes)
 
     def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
         """Nothing to do: `commit` remembers the tokens it keeps and runs the heads over long stretches itself."""
