@@ -79,11 +79,15 @@ void product_rows(const Product& p, int column) {
 
 template <Format F>
 void product_of(const Product& p) {
-  constexpr int WIDE = Isa::WIDE_VECTORS;
+  constexpr int WIDE = Isa::WIDE_VECTORS, SIXTEEN = 16 / Isa::LANES;
   int column = 0;
   for (; column + WIDE * Isa::LANES <= p.columns; column += WIDE * Isa::LANES) product_rows<F, WIDE>(p, column);
-  constexpr int SIXTEEN = 16 / Isa::LANES;
-  for (; column < p.columns; column += 16) product_rows<F, SIXTEEN>(p, column);
+  switch ((p.columns - column) / 16) {
+    case 3: if constexpr (3 * SIXTEEN < WIDE) product_rows<F, 3 * SIXTEEN>(p, column); break;
+    case 2: if constexpr (2 * SIXTEEN < WIDE) product_rows<F, 2 * SIXTEEN>(p, column); break;
+    case 1: if constexpr (SIXTEEN < WIDE) product_rows<F, SIXTEEN>(p, column); break;
+    default: break;
+  }
 }
 
 void product(Format format, const Product& p) {

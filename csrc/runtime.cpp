@@ -342,9 +342,12 @@ void Runtime::ring_blocks(const Store& ring, int64_t first, int64_t last, int v_
       if (next > whole) {
         uint32_t* copy = mine.straddling.data() + used;
         used += ring.shape.qk_words * int64_t{16};
-        for (int w = 0; w < ring.shape.qk_words; ++w)
-          for (int i = 0; i < 16; ++i)
-            copy[w * 16 + i] = ring.keys()[static_cast<int64_t>(w) * slots + (slot + whole + i) % slots];
+        const int before = until_end - whole;  // lanes before the ring's end, the others follow from its start
+        for (int w = 0; w < ring.shape.qk_words; ++w) {
+          const uint32_t* word = ring.keys() + static_cast<int64_t>(w) * slots;
+          std::memcpy(copy + w * 16, word + slot + whole, before * sizeof(uint32_t));
+          std::memcpy(copy + w * 16 + before, word, (16 - before) * sizeof(uint32_t));
+        }
         b.keys[b.num_keys++] = {copy, 16, from + whole, 16};
       }
       if (to - from > next) b.keys[b.num_keys++] = {ring.keys() + (slot + next) % slots, slots, from + next, to - from - next};
