@@ -115,10 +115,16 @@ NB_MODULE(_native, m) {
       .def_rw("threads", &RuntimeConfig::threads)
       .def_rw("kernels", &RuntimeConfig::kernels)
       .def("set_weights", [](RuntimeConfig& c, const std::string& name) {
-        require(name == "float32" || name == "bf16" || name == "int8",
-                "weights must be float32, bf16 or int8, got " + name);
-        c.arithmetic = name == "float32" ? Arithmetic::F32 : Arithmetic::BF16;
-        c.format = name == "float32" ? Format::F32 : name == "bf16" ? Format::BF16 : Format::INT8;
+        const std::pair<const char*, Format> formats[] = {{"float32", Format::F32}, {"bf16", Format::BF16},
+                                                          {"int8", Format::INT8}, {"fp8", Format::FP8},
+                                                          {"int4", Format::INT4}};
+        for (const auto& [known, format] : formats)
+          if (name == known) {
+            c.format = format;
+            c.arithmetic = format == Format::F32 ? Arithmetic::F32 : Arithmetic::BF16;
+            return;
+          }
+        require(false, "weights must be float32, bf16, int8, fp8 or int4, got " + name);
       });
 
   nb::class_<Runtime>(m, "Runtime")

@@ -7,6 +7,21 @@
 
 namespace {
 
+// Computed by the compiler: nothing of this file may run before the processor is known to have AVX-512.
+struct Tables {
+  alignas(64) uint16_t e4m3[128] = {};
+  alignas(64) uint32_t int4_low[16] = {};
+  alignas(64) uint32_t int4_high[16] = {};
+  constexpr Tables() {
+    for (int code = 0; code < 128; ++code) e4m3[code] = to_bf16(from_e4m3(static_cast<uint8_t>(code)));
+    for (int i = 0; i < 16; ++i) {
+      int4_low[i] = to_bf16(static_cast<float>(i - 8));
+      int4_high[i] = int4_low[i] << 16;
+    }
+  }
+};
+constexpr Tables tables;
+
 struct Isa {
   static constexpr int LANES = 16, REGISTERS = 24, WIDE_VECTORS = 4;
   using Vec = __m512;
@@ -28,9 +43,37 @@ struct Isa {
     high = _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 8));
   }
 
+  static Vec load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+
+  // Thirty-two E4M3 codes as bf16: the magnitude's seven bits index a table of 128 in four registers.
+  static __m512i words_of_fp8(const uint8_t* at) {
+    const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    const __m512i low = _mm512_permutex2var_epi16(_mm512_load_si512(tables.e4m3), codes,
+                                                  _mm512_load_si512(tables.e4m3 + 32));
+    const __m512i high = _mm512_permutex2var_epi16(_mm512_load_si512(tables.e4m3 + 64), codes,
+                                                   _mm512_load_si512(tables.e4m3 + 96));
+    const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+    const __m512i magnitude = _mm512_mask_blend_epi16(upper, low, high);
+    // magnitude | ((codes << 8) & 0x8000)
+    return _mm512_ternarylogic_epi32(magnitude, _mm512_slli_epi16(codes, 8), _mm512_set1_epi16(static_cast<short>(0x8000)),
+                                     0xf8);
+  }
+
+  // Sixteen pairs of four bits: each half indexes a table of sixteen bf16 values, in the word's lower or upper half.
+  static __m512i words_of_int4(const uint8_t* at) {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    return _mm512_or_si512(_mm512_permutexvar_epi32(both, _mm512_load_si512(tables.int4_low)),
+                           _mm512_permutexvar_epi32(_mm512_srli_epi32(both, 4), _mm512_load_si512(tables.int4_high)));
+  }
+
 #if defined(__AVX512BF16__)
   using Pair = __m512i;
   static Pair pair_of_bf16(const uint8_t* at) { return _mm512_loadu_si512(at); }
+  static Pair pair_of_fp8(const uint8_t* at) { return words_of_fp8(at); }
+  static Pair pair_of_int4(const uint8_t* at) { return words_of_int4(at); }
   static Pair pair_of_int8(const uint8_t* at) {
     __m512 low, high;
     floats_of_int8(at, low, high);
@@ -44,8 +87,10 @@ struct Isa {
   }
 #else
   struct Pair { __m512 low, high; };
-  static Pair pair_of_bf16(const uint8_t* at) {
-    const __m512i words = _mm512_loadu_si512(at);
+  static Pair pair_of_fp8(const uint8_t* at) { return split(words_of_fp8(at)); }
+  static Pair pair_of_int4(const uint8_t* at) { return split(words_of_int4(at)); }
+  static Pair pair_of_bf16(const uint8_t* at) { return split(_mm512_loadu_si512(at)); }
+  static Pair split(__m512i words) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }

@@ -12,8 +12,20 @@ namespace openmimo {
 
 enum class Arithmetic : int { F32 = 0, BF16 = 1 };
 
-// How weights are stored. INT8 holds one int16 of two values per column and step, and is widened to bf16 on the way.
-enum class Format : int { F32 = 0, BF16 = 1, INT8 = 2 };
+// How weights are stored. The narrow ones are widened to bf16 words on the way into a product; all their values are exact
+// in bf16. INT8 has one scale per output. FP8 (E4M3) has one scale per 128 x 128 block, INT4 one per output and 32 inputs:
+// for these a product sums each group of steps by itself, then adds it times its scale.
+enum class Format : int { F32 = 0, BF16 = 1, INT8 = 2, FP8 = 3, INT4 = 4 };
+
+// Steps (of two values) that share a scale; 0 where a product needs no scales.
+constexpr int group_steps(Format format) { return format == Format::FP8 ? 64 : format == Format::INT4 ? 16 : 0; }
+
+constexpr int scale_bytes(Format format) { return format == Format::FP8 ? 4 : 2; }
+
+// Bytes of one column in one step.
+constexpr int column_bytes(Format format) {
+  return format == Format::INT4 ? 1 : format == Format::INT8 || format == Format::FP8 ? 2 : 4;
+}
 
 constexpr int PANEL = 64;  // columns of a packed panel
 constexpr int BLOCK = 64;  // keys of an attention block; blocks start at positions that are multiples of it
@@ -33,6 +45,7 @@ struct Product {
   float* out;
   int64_t out_stride;
   bool accumulate;
+  const uint8_t* scales = nullptr;  // one row of PANEL per group of steps: floats for FP8, bf16 for INT4
 };
 
 // Keys and values of (part of) one block. Scores of lanes that no segment covers are not used.

@@ -37,6 +37,30 @@ struct Isa {
     return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(both, 24), 24)),
             _mm256_cvtepi32_ps(_mm256_srai_epi32(both, 8))};
   }
+  static __m256 floats_of_e4m3(__m256i codes) {  // one code per lane
+    const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi32(0x7f));
+    const __m256 normal = _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23)));
+    const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
+    const __m256 value = _mm256_blendv_ps(
+        normal, small, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude)));
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
+    return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+  }
+  static Pair pair_of_fp8(const uint8_t* at) {
+    const __m256i both = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    return {floats_of_e4m3(both), floats_of_e4m3(_mm256_srli_epi32(both, 8))};
+  }
+  static Pair pair_of_int4(const uint8_t* at) {
+    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+    const __m256i eight = _mm256_set1_epi32(8);
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(both, _mm256_set1_epi32(15)), eight)),
+            _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(both, 4), eight))};
+  }
+  static Vec load_bf16(const uint16_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
   static Vec dot(Vec sum, uint32_t word, const Pair& b) {
     sum = _mm256_fmadd_ps(_mm256_set1_ps(float_from_bits(word << 16)), b.low, sum);
     return _mm256_fmadd_ps(_mm256_set1_ps(float_from_bits(word & 0xffff0000u)), b.high, sum);

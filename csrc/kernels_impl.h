@@ -1,6 +1,6 @@
 // The kernels, written once over a small vector type `Isa` that the including file defines:
 //   Vec, LANES, REGISTERS; zero, set, load, store, fma, max, reduce_max, reduce_sum
-//   Pair (bf16 words ready for a product), pair_of_bf16(ptr), pair_of_int8(ptr), dot(sum, word, Pair)
+//   Pair (bf16 words ready for a product), pair_of_{bf16,int8,fp8,int4}(ptr), load_bf16(ptr), dot(sum, word, Pair)
 #pragma once
 
 #include "kernels.h"
@@ -11,36 +11,45 @@ namespace {
 using namespace openmimo;
 
 template <Format F>
-struct Operand;
+struct Operand {
+  using B = Isa::Pair;
+  static B load(const uint8_t* at) {
+    if constexpr (F == Format::BF16) return Isa::pair_of_bf16(at);
+    else if constexpr (F == Format::INT8) return Isa::pair_of_int8(at);
+    else if constexpr (F == Format::FP8) return Isa::pair_of_fp8(at);
+    else return Isa::pair_of_int4(at);
+  }
+  static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::dot(sum, word, b); }
+};
 
 template <>
 struct Operand<Format::F32> {
   using B = Isa::Vec;
-  static constexpr int bytes = 4;
   static B load(const uint8_t* at) { return Isa::load(reinterpret_cast<const float*>(at)); }
   static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::fma(Isa::set(float_from_bits(word)), b, sum); }
 };
 
-template <>
-struct Operand<Format::BF16> {
-  using B = Isa::Pair;
-  static constexpr int bytes = 4;
-  static B load(const uint8_t* at) { return Isa::pair_of_bf16(at); }
-  static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::dot(sum, word, b); }
-};
+template <Format F, int MR, int NV>
+inline void dot_steps(Isa::Vec (&sum)[MR][NV], const uint32_t* const (&a)[MR], const uint8_t* b, int64_t stride, int begin,
+                      int end) {
+  using O = Operand<F>;
+  for (int step = begin; step < end; ++step, b += stride) {
+    typename O::B columns[NV];
+    for (int j = 0; j < NV; ++j) columns[j] = O::load(b + j * Isa::LANES * column_bytes(F));
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) sum[i][j] = O::dot(sum[i][j], a[i][step], columns[j]);
+  }
+}
 
-template <>
-struct Operand<Format::INT8> {
-  using B = Isa::Pair;
-  static constexpr int bytes = 2;
-  static B load(const uint8_t* at) { return Isa::pair_of_int8(at); }
-  static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::dot(sum, word, b); }
-};
+template <Format F>
+inline Isa::Vec load_scales(const uint8_t* at) {
+  if constexpr (F == Format::FP8) return Isa::load(reinterpret_cast<const float*>(at));
+  else return Isa::load_bf16(reinterpret_cast<const uint16_t*>(at));
+}
 
 // MR rows times NV vectors of columns, all sums in registers.
 template <Format F, int MR, int NV>
 void product_tile(const Product& p, int row, int column) {
-  using O = Operand<F>;
   Isa::Vec sum[MR][NV];
   const uint32_t* a[MR];
   float* out = p.out + row * p.out_stride + column;
@@ -49,12 +58,22 @@ void product_tile(const Product& p, int row, int column) {
     for (int j = 0; j < NV; ++j)
       sum[i][j] = p.accumulate ? Isa::load(out + i * p.out_stride + j * Isa::LANES) : Isa::zero();
   }
-  const uint8_t* b = p.panel + column * O::bytes;
-  for (int step = 0; step < p.depth; ++step, b += p.stride) {
-    typename O::B columns[NV];
-    for (int j = 0; j < NV; ++j) columns[j] = O::load(b + j * Isa::LANES * O::bytes);
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NV; ++j) sum[i][j] = O::dot(sum[i][j], a[i][step], columns[j]);
+  const uint8_t* b = p.panel + column * column_bytes(F);
+  if constexpr (group_steps(F) == 0) {
+    dot_steps<F, MR, NV>(sum, a, b, p.stride, 0, p.depth);
+  } else {
+    const uint8_t* scales = p.scales + column * scale_bytes(F);
+    for (int begin = 0; begin < p.depth; begin += group_steps(F), scales += PANEL * scale_bytes(F)) {
+      const int end = begin + group_steps(F) < p.depth ? begin + group_steps(F) : p.depth;
+      Isa::Vec part[MR][NV];
+      for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) part[i][j] = Isa::zero();
+      dot_steps<F, MR, NV>(part, a, b + begin * p.stride, p.stride, begin, end);
+      for (int j = 0; j < NV; ++j) {
+        const Isa::Vec scale = load_scales<F>(scales + j * Isa::LANES * scale_bytes(F));
+        for (int i = 0; i < MR; ++i) sum[i][j] = Isa::fma(part[i][j], scale, sum[i][j]);
+      }
+    }
   }
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) Isa::store(out + i * p.out_stride + j * Isa::LANES, sum[i][j]);
@@ -62,7 +81,7 @@ void product_tile(const Product& p, int row, int column) {
 
 template <Format F, int NV>
 void product_rows(const Product& p, int column) {
-  constexpr int MR = Isa::REGISTERS / NV < 1 ? 1 : (Isa::REGISTERS / NV > 8 ? 8 : Isa::REGISTERS / NV);
+  constexpr int FIT = Isa::REGISTERS / (group_steps(F) ? 2 * NV : NV), MR = FIT < 1 ? 1 : (FIT > 8 ? 8 : FIT);
   int row = 0;
   for (; row + MR <= p.num_rows; row += MR) product_tile<F, MR, NV>(p, row, column);
   switch (p.num_rows - row) {
@@ -95,6 +114,8 @@ void product(Format format, const Product& p) {
     case Format::F32: return product_of<Format::F32>(p);
     case Format::BF16: return product_of<Format::BF16>(p);
     case Format::INT8: return product_of<Format::INT8>(p);
+    case Format::FP8: return product_of<Format::FP8>(p);
+    case Format::INT4: return product_of<Format::INT4>(p);
   }
 }
 
@@ -151,7 +172,7 @@ void attention_of(const Attention& t) {
     for (int s = 0; s < block.num_keys; ++s) {
       const KeySegment& k = block.keys[s];
       product(F, {t.queries, rows, reinterpret_cast<const uint8_t*>(k.words), k.stride * 4, t.qk_words, k.lanes,
-                  scores + k.lane, BLOCK, false});
+                  scores + k.lane, BLOCK, false, nullptr});
     }
     for (int i = 0; i < rows; ++i) {
       const auto first = static_cast<int>(t.first[i] - block.position), last = static_cast<int>(t.last[i] - block.position);
@@ -169,7 +190,7 @@ void attention_of(const Attention& t) {
       for (int column = 0; column < t.v_padded; column += PANEL) {
         const int columns = t.v_padded - column < PANEL ? t.v_padded - column : PANEL;
         product(F, {p_rows, rows, reinterpret_cast<const uint8_t*>(v.words + column), t.v_padded * int64_t{4}, v.steps,
-                    columns, sums + column, t.v_padded, true});
+                    columns, sums + column, t.v_padded, true, nullptr});
       }
     }
   }

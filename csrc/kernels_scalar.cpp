@@ -60,6 +60,27 @@ struct Isa {
     }
     return r;
   }
+  static Pair pair_of_fp8(const uint8_t* at) {
+    Pair r;
+    for (int i = 0; i < LANES; ++i) {
+      r.low.v[i] = from_e4m3(at[2 * i]);
+      r.high.v[i] = from_e4m3(at[2 * i + 1]);
+    }
+    return r;
+  }
+  static Pair pair_of_int4(const uint8_t* at) {
+    Pair r;
+    for (int i = 0; i < LANES; ++i) {
+      r.low.v[i] = static_cast<float>((at[i] & 15) - 8);
+      r.high.v[i] = static_cast<float>((at[i] >> 4) - 8);
+    }
+    return r;
+  }
+  static Vec load_bf16(const uint16_t* p) {
+    Vec r;
+    for (int i = 0; i < LANES; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
   static Vec dot(Vec sum, uint32_t word, const Pair& b) {
     const float low = float_from_bits(word << 16), high = float_from_bits(word & 0xffff0000u);
     for (int i = 0; i < LANES; ++i) sum.v[i] += low * b.low.v[i];

@@ -59,42 +59,115 @@ float Source::at(int64_t row, int64_t column) const {
   return is_bf16 ? to_float(static_cast<const bf16*>(data)[i]) : static_cast<const float*>(data)[i];
 }
 
+// Writes the steps of one output into its column of a panel.
+class Matrix::Packer {
+ public:
+  Packer(const Source& source, Format format) : source_(source), format_(format) {
+    if (format != Format::FP8) return;
+    // The official grid: blocks of 128 x 128, the largest value of each becomes 448.
+    block_columns_ = (source.columns + 127) / 128;
+    blocks_.assign((source.rows + 127) / 128 * block_columns_, 0.0f);
+    for (int64_t row = 0; row < source.rows; ++row)
+      for (int64_t i = 0; i < source.columns; ++i) {
+        float& most = blocks_[row / 128 * block_columns_ + i / 128];
+        most = std::max(most, std::fabs(source.at(row, i)));
+      }
+  }
+
+  // `to`: the column's first step, `stride` bytes apart; scales as in Matrix, those of groups PANEL apart.
+  void pack(int64_t row, int64_t steps, uint8_t* to, int64_t stride, float* output_scale, uint8_t* group_scale) const {
+    const auto value = [&](int64_t i) { return i < source_.columns ? source_.at(row, i) : 0.0f; };
+    if (format_ == Format::F32) {
+      for (int64_t i = 0; i < steps; ++i, to += stride) {
+        const float x = value(i);
+        std::memcpy(to, &x, 4);
+      }
+    } else if (format_ == Format::BF16) {
+      for (int64_t i = 0; i < steps; ++i, to += stride) {
+        const uint32_t word = bf16_pair(value(2 * i), value(2 * i + 1));
+        std::memcpy(to, &word, 4);
+      }
+    } else if (format_ == Format::INT8) {
+      float most = 0.0f;
+      for (int64_t i = 0; i < source_.columns; ++i) most = std::max(most, std::fabs(value(i)));
+      *output_scale = most > 0.0f ? most / 127.0f : 1.0f;
+      for (int64_t i = 0; i < steps; ++i, to += stride)
+        for (int half = 0; half < 2; ++half)
+          to[half] = static_cast<uint8_t>(static_cast<int8_t>(
+              std::lrintf(std::clamp(value(2 * i + half) / *output_scale, -127.0f, 127.0f))));
+    } else {
+      const int64_t group = group_steps(format_);
+      for (int64_t begin = 0; begin < steps; begin += group, group_scale += PANEL * scale_bytes(format_)) {
+        const float scale = group_scale_of(row, begin, value);
+        const bf16 narrow = to_bf16(scale);
+        if (format_ == Format::FP8) std::memcpy(group_scale, &scale, sizeof scale);
+        else std::memcpy(group_scale, &narrow, sizeof narrow);
+        for (int64_t i = begin; i < std::min(begin + group, steps); ++i, to += stride) {
+          const float low = value(2 * i) / scale, high = value(2 * i + 1) / scale;
+          if (format_ == Format::FP8) {
+            to[0] = to_e4m3(low);
+            to[1] = to_e4m3(high);
+          } else {
+            *to = static_cast<uint8_t>(level(low) | level(high) << 4);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static int level(float x) { return static_cast<int>(std::lrintf(std::clamp(x, -8.0f, 7.0f))) + 8; }
+
+  // As it is stored: bf16 for INT4, where of some candidates the one with the smallest squared error is taken.
+  template <typename Value>
+  float group_scale_of(int64_t row, int64_t begin, const Value& value) const {
+    if (format_ == Format::FP8) {
+      const float most = blocks_[row / 128 * block_columns_ + begin / 64];
+      return most > 0.0f ? most / 448.0f : 1.0f;
+    }
+    const int64_t first = 2 * begin, last = first + 2 * group_steps(Format::INT4);
+    float extreme = 0.0f;
+    for (int64_t i = first; i < last; ++i)
+      if (std::fabs(value(i)) > std::fabs(extreme)) extreme = value(i);
+    if (extreme == 0.0f) return 1.0f;
+    float best = 0.0f, least = INFINITY;
+    for (const float candidate : {extreme / -8.0f, std::fabs(extreme) / 7.0f, extreme / -7.2f}) {
+      const float scale = to_float(to_bf16(candidate));
+      float error = 0.0f;
+      for (int64_t i = first; i < last; ++i) {
+        const float difference = value(i) - scale * static_cast<float>(level(value(i) / scale) - 8);
+        error += difference * difference;
+      }
+      if (error < least) least = error, best = scale;
+    }
+    return best;
+  }
+
+  const Source& source_;
+  Format format_;
+  int64_t block_columns_ = 0;
+  std::vector<float> blocks_;
+};
+
 Matrix::Matrix(const Source& source, const std::vector<int64_t>& order, Format format, Pool& pool)
     : format_(format), outputs_(static_cast<int64_t>(order.size())), inputs_(source.columns) {
   panels_ = (outputs_ + PANEL - 1) / PANEL;
   steps_ = words_for(format == Format::F32 ? Arithmetic::F32 : Arithmetic::BF16, inputs_);
-  step_bytes_ = PANEL * (format == Format::INT8 ? 2 : 4);
+  step_bytes_ = PANEL * column_bytes(format);
   data_ = Buffer<uint8_t>(panels_ * steps_ * step_bytes_);
-  if (format == Format::INT8) scales_ = Buffer<float>(panels_ * PANEL);
+  if (format == Format::INT8) output_scales_ = Buffer<float>(panels_ * PANEL);
+  if (group_steps(format)) {
+    groups_ = (steps_ + group_steps(format) - 1) / group_steps(format);
+    group_scales_ = Buffer<uint8_t>(panels_ * groups_ * PANEL * scale_bytes(format));
+  }
+  const Packer packer(source, format);
   pool.run([&](int thread) {
     for (int64_t output = thread; output < outputs_; output += pool.size()) {
-      const int64_t row = order[output];
-      if (row < 0) continue;
-      uint8_t* to = data_.data() + output / PANEL * steps_ * step_bytes_ + output % PANEL * (step_bytes_ / PANEL);
-      const auto value = [&](int64_t i) { return i < inputs_ ? source.at(row, i) : 0.0f; };
-      if (format == Format::F32) {
-        for (int64_t i = 0; i < steps_; ++i, to += step_bytes_) {
-          const float x = value(i);
-          std::memcpy(to, &x, 4);
-        }
-      } else if (format == Format::BF16) {
-        for (int64_t i = 0; i < steps_; ++i, to += step_bytes_) {
-          const uint32_t word = bf16_pair(value(2 * i), value(2 * i + 1));
-          std::memcpy(to, &word, 4);
-        }
-      } else {
-        float most = 0.0f;
-        for (int64_t i = 0; i < inputs_; ++i) most = std::max(most, std::fabs(value(i)));
-        const float scale = most > 0.0f ? most / 127.0f : 1.0f;
-        scales_[output] = scale;
-        const auto level = [&](int64_t i) {
-          return static_cast<uint8_t>(static_cast<int8_t>(std::lrintf(std::clamp(value(i) / scale, -127.0f, 127.0f))));
-        };
-        for (int64_t i = 0; i < steps_; ++i, to += step_bytes_) {
-          to[0] = level(2 * i);
-          to[1] = level(2 * i + 1);
-        }
-      }
+      if (order[output] < 0) continue;
+      const int64_t panel = output / PANEL, column = output % PANEL;
+      packer.pack(order[output], steps_, data_.data() + panel * steps_ * step_bytes_ + column * column_bytes(format),
+                  step_bytes_, format == Format::INT8 ? output_scales_.data() + output : nullptr,
+                  groups_ ? group_scales_.data() + (panel * groups_ * PANEL + column) * scale_bytes(format) : nullptr);
     }
   });
 }
@@ -105,6 +178,8 @@ void Matrix::multiply(const Kernels& kernels, int64_t panel, const uint32_t* con
   constexpr int64_t STRETCH = 128;
   const int columns = static_cast<int>(std::min<int64_t>(PANEL, round_up(outputs_ - panel * PANEL, 16)));
   const uint8_t* data = data_.data() + panel * steps_ * step_bytes_;
+  const int64_t scale_row = int64_t{PANEL} * scale_bytes(format_);
+  const uint8_t* scales = group_scales_.data() + panel * groups_ * scale_row;
   const int64_t stretch = num_rows > 8 ? STRETCH : steps_;
   const uint32_t* moved[64];
   for (int first_row = 0; first_row < num_rows; first_row += 64) {
@@ -113,11 +188,12 @@ void Matrix::multiply(const Kernels& kernels, int64_t panel, const uint32_t* con
     for (int64_t step = 0; step < steps_; step += stretch) {
       for (int i = 0; i < count; ++i) moved[i] = rows[first_row + i] + step;
       kernels.product(format_, {moved, count, data + step * step_bytes_, step_bytes_,
-                                static_cast<int>(std::min(stretch, steps_ - step)), columns, to, out_stride, step > 0});
+                                static_cast<int>(std::min(stretch, steps_ - step)), columns, to, out_stride, step > 0,
+                                groups_ ? scales + step / group_steps(format_) * scale_row : nullptr});
     }
     if (format_ == Format::INT8)
       for (int i = 0; i < count; ++i)
-        for (int c = 0; c < columns; ++c) to[i * out_stride + c] *= scales_[panel * PANEL + c];
+        for (int c = 0; c < columns; ++c) to[i * out_stride + c] *= output_scales_[panel * PANEL + c];
   }
 }
 

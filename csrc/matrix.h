@@ -53,18 +53,21 @@ class Matrix {
   Format format() const { return format_; }
   int64_t outputs() const { return outputs_; }
   int64_t panels() const { return panels_; }
-  int64_t bytes() const { return data_.bytes() + scales_.bytes(); }
+  int64_t bytes() const { return data_.bytes() + output_scales_.bytes() + group_scales_.bytes(); }
 
   // out (rows x PANEL or wider) = rows times panel `panel`, scaled.
   void multiply(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
                 int64_t out_stride) const;
 
  private:
+  class Packer;
+
   Format format_ = Format::F32;
   int64_t outputs_ = 0, inputs_ = 0, panels_ = 0, steps_ = 0;
-  int64_t step_bytes_ = 0;
+  int64_t step_bytes_ = 0, groups_ = 0;
   Buffer<uint8_t> data_;
-  Buffer<float> scales_;  // one per output, INT8 only
+  Buffer<float> output_scales_;   // INT8: one per output
+  Buffer<uint8_t> group_scales_;  // FP8, INT4: per panel and group of steps one row of PANEL, see Product
 };
 
 std::vector<int64_t> identity_order(int64_t count);

@@ -2,6 +2,7 @@
 // own instruction set, and the linker must never merge code of one into another.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,31 +11,42 @@ namespace {
 
 using bf16 = uint16_t;
 
-inline float float_from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
+constexpr float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
+constexpr uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 
-inline float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
+constexpr float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
 
 // Round to nearest, ties to even; the result is in the upper half. NaN stays NaN.
-inline uint32_t rounded_bits(float x) {
+constexpr uint32_t rounded_bits(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   return x == x ? rounded : 0x7fc00000u;
 }
 
-inline bf16 to_bf16(float x) { return static_cast<bf16>(rounded_bits(x) >> 16); }
+constexpr bf16 to_bf16(float x) { return static_cast<bf16>(rounded_bits(x) >> 16); }
 
-inline uint32_t bf16_pair(float low, float high) {
+constexpr uint32_t bf16_pair(float low, float high) {
   return (rounded_bits(low) >> 16) | (rounded_bits(high) & 0xffff0000u);
+}
+
+// E4M3 without NaN: four bits of exponent, three of mantissa, largest value 448.
+constexpr float from_e4m3(uint8_t code) {
+  const uint32_t magnitude = code & 0x7fu;
+  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f
+                                    : float_from_bits((magnitude << 20) + (120u << 23));
+  return code & 0x80u ? -value : value;
+}
+
+// The nearest, ties to even; values beyond 448 become 448.
+inline uint8_t to_e4m3(float x) {
+  const uint32_t sign = (bits_of(x) >> 24) & 0x80u;
+  const float magnitude = std::fabs(x);
+  if (!(magnitude < 448.0f)) return static_cast<uint8_t>(sign | 0x7eu);
+  if (magnitude < 0x1p-6f) return static_cast<uint8_t>(sign | static_cast<uint32_t>(std::lrintf(magnitude * 512.0f)));
+  const uint32_t bits = bits_of(magnitude);
+  const uint32_t code = ((bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20) - (120u << 3);
+  return static_cast<uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
 }
 
 // e^x with a relative error below 3e-7 for -87 <= x <= 88, exactly 0 below. Branch-free, so that compilers vectorise it.

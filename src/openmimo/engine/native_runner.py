@@ -21,7 +21,7 @@ from openmimo.engine.runner import Int32, RowState, StepInput, StepOutput
 from openmimo.errors import RequestError, nearest
 from openmimo.model import MiMoModel
 
-WEIGHTS = ("float32", "bf16", "int8")
+WEIGHTS = ("float32", "bf16", "int8", "fp8", "int4")
 # Names a kernel table, such as "scalar" or "avx2", instead of the fastest that works here.
 KERNELS_VARIABLE = "OPENMIMO_CPU"
 
@@ -41,8 +41,9 @@ def load_extension() -> Any:
 class NativeRunner:
     """Weights packed for this processor, rings and pages, and the calls of the `Runner` protocol.
 
-    `weights` is float32, bf16 or int8 (per output channel, bf16 arithmetic). Raises: RequestError on other words, or
-    when the extension is missing.
+    `weights` is float32, or with bf16 arithmetic bf16, int8 (one scale per output), fp8 (E4M3, 128 x 128 blocks) or
+    int4 (one scale per output and 32 inputs).
+    Raises: RequestError on other words, or when the extension is missing.
     """
 
     def __init__(

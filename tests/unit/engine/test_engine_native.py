@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from openmimo.config.model import ModelConfig
-from openmimo.engine.native_runner import KERNELS_VARIABLE
+from openmimo.engine.native_runner import KERNELS_VARIABLE, WEIGHTS
 from openmimo.engine.runner import StepInput
 from openmimo.errors import RequestError
 
@@ -41,7 +41,7 @@ def test_fp32_logits_and_routes_are_the_models(name: str, kernels: str, monkeypa
         assert (routes == output.routed_experts[0].numpy()).all()
 
 
-@pytest.mark.parametrize("weights", ["float32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_pieces_threads_and_rejected_tokens_change_no_bit(name: str, weights: str) -> None:
     """Catches sums whose order depends on the step, rings that lose keys, and traces of tokens that were not kept."""
@@ -61,6 +61,57 @@ def test_pieces_threads_and_rejected_tokens_change_no_bit(name: str, weights: st
         assert (routes_again == routes).all()
     alone, _ = feed(make_runner(model, weights, threads=1), tokens, [TOKENS])
     assert (alone == logits).all()
+
+
+@pytest.mark.parametrize("kernels", native.available_kernels())
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_narrow_weights_are_the_rounded_ones(weights: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches wrong scales, grids and decoding: the same rounding done in numpy, run as bf16 weights, must agree."""
+    monkeypatch.setenv(KERNELS_VARIABLE, kernels)
+    config = SHAPES["odd sizes"]
+    model, tokens = random_model(config), some_tokens(config)
+    narrow, _ = feed(make_runner(model, weights), tokens, [TOKENS])
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim >= 2 and "embed" not in name and "mlp.gate.weight" not in name:
+                for matrix in tensor if tensor.ndim == 3 else (tensor,):
+                    matrix.copy_(torch.from_numpy(rounded(matrix.numpy(), weights)))
+    # The rounded values need more than bf16 after scaling, so the twin computes in fp32: only activations differ.
+    twin, _ = feed(make_runner(model), tokens, [TOKENS])
+    exact, _ = feed(make_runner(random_model(config)), tokens, [TOKENS])
+    assert kl(twin, narrow) < 0.02 * kl(exact, narrow) + 2e-4
+
+
+def kl(expected: np.ndarray, got: np.ndarray) -> float:
+    """Mean over tokens of the divergence between the distributions of two sets of logits."""
+    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (expected, got))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def rounded(matrix: np.ndarray, weights: str) -> np.ndarray:
+    """A weight as its narrow format holds it."""
+    out, (rows, columns) = np.zeros_like(matrix), matrix.shape
+    if weights == "int8":
+        scale = np.abs(matrix).max(1, keepdims=True) / 127
+        return np.round(matrix / scale) * scale
+    if weights == "fp8":
+        for r in range(0, rows, 128):
+            for c in range(0, columns, 128):
+                block = matrix[r : r + 128, c : c + 128]
+                scale = np.abs(block).max() / 448
+                codes = torch.from_numpy(block / scale).to(torch.float8_e4m3fn)
+                out[r : r + 128, c : c + 128] = codes.float().numpy() * scale
+        return out
+    for r in range(rows):
+        for c in range(0, columns, 32):
+            group = matrix[r, c : c + 32]
+            extreme = group[np.abs(group).argmax()]
+            choices = []
+            for candidate in (extreme / -8, abs(extreme) / 7, extreme / -7.2):
+                scale = torch.tensor(candidate).bfloat16().float().item()
+                choices.append(np.clip(np.round(group / scale), -8, 7) * scale)
+            out[r, c : c + 32] = min(choices, key=lambda choice: float(((choice - group) ** 2).sum()))
+    return out
 
 
 def test_other_sequences_in_the_step_change_no_bit() -> None:
