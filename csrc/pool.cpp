@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <algorithm>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -7,23 +9,29 @@
 namespace openmimo {
 namespace {
 
-// Tens of nanoseconds each: a barrier inside a step is short. Then the core is offered to others a few times, which costs
-// little when nobody wants it and much less than spinning when somebody does; whoever waits longer sleeps.
-constexpr int SPINS = 2000, YIELDS = 50;
-
 inline void pause_briefly() {
 #if defined(__x86_64__)
   _mm_pause();
 #endif
 }
 
+// Spin, then sleep. How long to spin follows from what helped of late: on an idle machine others arrive within
+// microseconds and a sleep costs more than the wait; on a busy one the thread waited for has lost its core, and spinning
+// only keeps another from getting it back.
+constexpr int FEWEST_SPINS = 64, MOST_SPINS = 4096;
+
 template <typename T>
-void wait_for_change(std::atomic<T>& value, T old) {
-  for (int i = 0; i < SPINS + YIELDS; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
-    if (i < SPINS) pause_briefly();
-    else std::this_thread::yield();
+void wait_for_change(std::atomic<T>& value, T old, std::atomic<int>& spin_limit) {
+  const int limit = spin_limit.load(std::memory_order_relaxed);
+  for (int i = 0; i < limit; ++i) {
+    if (value.load(std::memory_order_acquire) != old) {
+      const int wanted = std::min(2 * i + FEWEST_SPINS, MOST_SPINS);
+      if (wanted > limit) spin_limit.store(limit + (wanted - limit) / 4 + 1, std::memory_order_relaxed);
+      return;
+    }
+    pause_briefly();
   }
+  spin_limit.store(std::max(limit - limit / 8, FEWEST_SPINS), std::memory_order_relaxed);
   value.wait(old, std::memory_order_acquire);
 }
 
@@ -49,13 +57,13 @@ void Pool::run(const std::function<void(int)>& work) {
   work(0);
   for (uint32_t done = done_.load(std::memory_order_acquire); done + 1 != static_cast<uint32_t>(num_threads_);
        done = done_.load(std::memory_order_acquire))
-    wait_for_change(done_, done);
+    wait_for_change(done_, done, spin_limit_);
 }
 
 void Pool::worker(int thread) {
   uint32_t seen = 0;
   while (true) {
-    wait_for_change(generation_, seen);
+    wait_for_change(generation_, seen, idle_spin_limit_);
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
     (*work_)(thread);
@@ -72,7 +80,7 @@ void Pool::barrier() {
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
   } else {
-    wait_for_change(phase_, phase);
+    wait_for_change(phase_, phase, spin_limit_);
   }
 }
 

@@ -30,6 +30,7 @@ class Pool {
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> generation_{0}, done_{0};
   std::atomic<uint32_t> arrived_{0}, phase_{0};
+  std::atomic<int> spin_limit_{1024}, idle_spin_limit_{1024};  // inside a step, between two
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };
