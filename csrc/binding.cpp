@@ -134,8 +134,11 @@ NB_MODULE(_native, m) {
       .def_prop_ro("page_bytes", &Runtime::page_bytes)
       .def_prop_ro("weight_bytes", &Runtime::weight_bytes)
       .def_prop_ro("row_state_bytes", &Runtime::row_state_bytes)
-      .def("set", [](Runtime& r, const std::string& part, int layer,
-                     nb::ndarray<nb::c_contig, nb::device::cpu> array) { r.set(part, layer, source_of(array)); })
+      .def("set", [](Runtime& r, const std::string& part, int layer, int expert,
+                     nb::ndarray<nb::c_contig, nb::device::cpu> array) { r.set(part, layer, expert, source_of(array)); })
+      .def("open_weights", &Runtime::open_weights)
+      .def("create_weights", &Runtime::create_weights)
+      .def("finish_weights", &Runtime::finish_weights)
       .def("check_complete", &Runtime::check_complete)
       .def(
           "forward",

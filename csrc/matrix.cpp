@@ -149,25 +149,30 @@ class Matrix::Packer {
   std::vector<float> blocks_;
 };
 
-Matrix::Matrix(const Source& source, const std::vector<int64_t>& order, Format format, Pool& pool)
-    : format_(format), outputs_(static_cast<int64_t>(order.size())), inputs_(source.columns) {
-  panels_ = (outputs_ + PANEL - 1) / PANEL;
+Matrix::Matrix(std::vector<int64_t> order, int64_t inputs, Format format)
+    : format_(format), order_(std::move(order)), inputs_(inputs) {
+  panels_ = (static_cast<int64_t>(order_.size()) + PANEL - 1) / PANEL;
   steps_ = words_for(format == Format::F32 ? Arithmetic::F32 : Arithmetic::BF16, inputs_);
   step_bytes_ = PANEL * column_bytes(format);
-  data_ = Buffer<uint8_t>(panels_ * steps_ * step_bytes_);
-  if (format == Format::INT8) output_scales_ = Buffer<float>(panels_ * PANEL);
-  if (group_steps(format)) {
-    groups_ = (steps_ + group_steps(format) - 1) / group_steps(format);
-    group_scales_ = Buffer<uint8_t>(panels_ * groups_ * PANEL * scale_bytes(format));
-  }
-  const Packer packer(source, format);
+  if (group_steps(format)) groups_ = (steps_ + group_steps(format) - 1) / group_steps(format);
+}
+
+void Matrix::place(Arena& arena) {
+  data_ = arena.take(panels_ * steps_ * step_bytes_);
+  if (format_ == Format::INT8) output_scales_ = reinterpret_cast<float*>(arena.take(panels_ * PANEL * 4));
+  if (groups_) group_scales_ = arena.take(panels_ * groups_ * PANEL * scale_bytes(format_));
+}
+
+void Matrix::pack(const Source& source, Pool& pool) {
+  const Packer packer(source, format_);
+  const auto outputs = static_cast<int64_t>(order_.size());
   pool.run([&](int thread) {
-    for (int64_t output = thread; output < outputs_; output += pool.size()) {
-      if (order[output] < 0) continue;
+    for (int64_t output = thread; output < outputs; output += pool.size()) {
+      if (order_[output] < 0) continue;
       const int64_t panel = output / PANEL, column = output % PANEL;
-      packer.pack(order[output], steps_, data_.data() + panel * steps_ * step_bytes_ + column * column_bytes(format),
-                  step_bytes_, format == Format::INT8 ? output_scales_.data() + output : nullptr,
-                  groups_ ? group_scales_.data() + (panel * groups_ * PANEL + column) * scale_bytes(format) : nullptr);
+      packer.pack(order_[output], steps_, data_ + panel * steps_ * step_bytes_ + column * column_bytes(format_),
+                  step_bytes_, output_scales_ ? output_scales_ + output : nullptr,
+                  groups_ ? group_scales_ + (panel * groups_ * PANEL + column) * scale_bytes(format_) : nullptr);
     }
   });
 }
@@ -176,10 +181,10 @@ void Matrix::multiply(const Kernels& kernels, int64_t panel, const uint32_t* con
                       int64_t out_stride) const {
   // A stretch of steps at a time, so that this part of the panel stays in the first-level cache for all rows.
   constexpr int64_t STRETCH = 128;
-  const int columns = static_cast<int>(std::min<int64_t>(PANEL, round_up(outputs_ - panel * PANEL, 16)));
-  const uint8_t* data = data_.data() + panel * steps_ * step_bytes_;
+  const int columns = static_cast<int>(std::min<int64_t>(PANEL, round_up(static_cast<int64_t>(order_.size()) - panel * PANEL, 16)));
+  const uint8_t* data = data_ + panel * steps_ * step_bytes_;
   const int64_t scale_row = int64_t{PANEL} * scale_bytes(format_);
-  const uint8_t* scales = group_scales_.data() + panel * groups_ * scale_row;
+  const uint8_t* scales = groups_ ? group_scales_ + panel * groups_ * scale_row : nullptr;
   const int64_t stretch = num_rows > 8 ? STRETCH : steps_;
   const uint32_t* moved[64];
   for (int first_row = 0; first_row < num_rows; first_row += 64) {

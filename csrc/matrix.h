@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "weights.h"
 
 namespace openmimo {
 
@@ -47,13 +48,14 @@ class Matrix {
  public:
   Matrix() = default;
   // `order[c]` is the source row that becomes output c, -1 for a column of zeros.
-  Matrix(const Source& source, const std::vector<int64_t>& order, Format format, Pool& pool);
+  Matrix(std::vector<int64_t> order, int64_t inputs, Format format);
+
+  // Where the packed weight is to lie, or lies already; see Arena.
+  void place(Arena& arena);
+  void pack(const Source& source, Pool& pool);
 
   bool empty() const { return panels_ == 0; }
-  Format format() const { return format_; }
-  int64_t outputs() const { return outputs_; }
   int64_t panels() const { return panels_; }
-  int64_t bytes() const { return data_.bytes() + output_scales_.bytes() + group_scales_.bytes(); }
 
   // out (rows x PANEL or wider) = rows times panel `panel`, scaled.
   void multiply(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
@@ -63,11 +65,11 @@ class Matrix {
   class Packer;
 
   Format format_ = Format::F32;
-  int64_t outputs_ = 0, inputs_ = 0, panels_ = 0, steps_ = 0;
-  int64_t step_bytes_ = 0, groups_ = 0;
-  Buffer<uint8_t> data_;
-  Buffer<float> output_scales_;   // INT8: one per output
-  Buffer<uint8_t> group_scales_;  // FP8, INT4: per panel and group of steps one row of PANEL, see Product
+  std::vector<int64_t> order_;
+  int64_t inputs_ = 0, panels_ = 0, steps_ = 0, step_bytes_ = 0, groups_ = 0;
+  uint8_t* data_ = nullptr;
+  float* output_scales_ = nullptr;   // INT8: one per output
+  uint8_t* group_scales_ = nullptr;  // FP8, INT4: per panel and group of steps one row of PANEL, see Product
 };
 
 std::vector<int64_t> identity_order(int64_t count);

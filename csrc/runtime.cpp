@@ -39,6 +39,7 @@ Runtime::Runtime(RuntimeConfig config)
     total += layer->cache.words();
     layers_.push_back(std::move(layer));
   }
+  declare_weights();
   ring_words_ = ring_words;
   page_words_ = page_words;
   rings_ = Buffer<uint32_t>(ring_words * c.num_rows);
@@ -69,8 +70,8 @@ Store Runtime::ring(const Layer& layer, int row, int group) {
 
 void Runtime::embed(int32_t token, float* out) const {
   const int64_t at = static_cast<int64_t>(token) * config_.hidden;
-  if (embedding_f32_.size() > 1) {
-    std::memcpy(out, embedding_f32_.data() + at, config_.hidden * sizeof(float));
+  if (embedding_f32_) {
+    std::memcpy(out, embedding_f32_ + at, config_.hidden * sizeof(float));
   } else {
     for (int i = 0; i < config_.hidden; ++i) out[i] = to_float(embedding_bf16_[at + i]);
   }
@@ -142,9 +143,9 @@ void Runtime::absorb(Step& step, Local& l, int64_t begin, int64_t end, int threa
   }
 }
 
-void Runtime::norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const Buffer<float>& weight) {
+void Runtime::norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const float* weight) {
   for (int64_t n = begin; n < end; ++n)
-    kernels_.norm(config_.arithmetic, l.x.data() + n * config_.hidden, weight.data(), config_.hidden, config_.eps,
+    kernels_.norm(config_.arithmetic, l.x.data() + n * config_.hidden, weight, config_.hidden, config_.eps,
                   l.normed.data() + n * step.hidden_words);
 }
 

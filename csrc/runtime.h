@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -61,9 +62,15 @@ class Runtime {
   explicit Runtime(RuntimeConfig config);
   ~Runtime();
 
-  // Set one weight. `layer` counts main layers, then MTP heads; parts without a layer ignore it.
+  // Take the weights from a packed file; false if it is not there, or not these weights. `verify` reads all of it.
+  bool open_weights(const std::string& path, const std::string& fingerprint, bool verify);
+  // Keep the weights that `set` is about to bring in a new file; `finish_weights` completes it.
+  void create_weights(const std::string& path);
+  void finish_weights(const std::string& fingerprint);
+
+  // Set one weight: `layer` counts main layers, then MTP heads; parts without a layer or expert ignore those.
   // Throws std::invalid_argument for an unknown part or a wrong shape.
-  void set(const std::string& part, int layer, const Source& source);
+  void set(const std::string& part, int layer, int expert, const Source& source);
   // Throws std::invalid_argument if a weight is missing.
   void check_complete() const;
 
@@ -87,7 +94,7 @@ class Runtime {
   const char* kernels_name() const { return kernels_.name; }
   int64_t row_bytes() const;   // rings of one row
   int64_t page_bytes() const;  // one page, all global layers
-  int64_t weight_bytes() const;
+  int64_t weight_bytes() const { return weight_bytes_; }
   int num_sparse_layers() const;
   size_t step_sequences() const { return last_.size(); }
 
@@ -96,8 +103,18 @@ class Runtime {
   struct Local;
   struct Step;
   struct History;
+  struct Slot {  // where a weight goes
+    Matrix* matrix = nullptr;
+    float** vector = nullptr;
+    int64_t rows = 0, columns = 0;
+    bool is_set = false;
+  };
 
   const Geometry& geometry(const Layer& layer) const;
+  void declare_weights();
+  void place_weights(Arena& arena);
+  void declare(const std::string& name, Matrix& matrix, std::vector<int64_t> order, int64_t rows, int64_t columns, Format f);
+  void declare(const std::string& name, float*& vector, int64_t count);
   Local& local(const Step& step, int thread);
   void embed(int32_t token, float* out) const;
   void ensure_angles(int64_t positions);
@@ -105,7 +122,7 @@ class Runtime {
   // Phases of a layer; every thread runs all of them.
   void prepare(Step& step, const std::vector<Sequence>& sequences);
   void absorb(Step& step, Local& l, int64_t begin, int64_t end, int thread);
-  void norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const Buffer<float>& weight);
+  void norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const float* weight);
   void project(const Matrix& matrix, const uint32_t* const* rows, int64_t num_rows, float* out, int64_t stride,
                int thread);
   void attention_inputs(Layer& layer, Step& step, int thread);
@@ -133,9 +150,13 @@ class Runtime {
   const Kernels& kernels_;
   Pool pool_;
   std::vector<std::unique_ptr<Layer>> layers_;  // main layers, then MTP heads
-  Buffer<uint16_t> embedding_bf16_;
-  Buffer<float> embedding_f32_, norm_;
+  uint16_t* embedding_bf16_ = nullptr;  // one of the two, by arithmetic
+  float* embedding_f32_ = nullptr;
+  float* norm_ = nullptr;
   Matrix head_;
+  WeightMemory weights_;
+  int64_t weight_bytes_ = 0;
+  std::map<std::string, Slot> slots_;
   Buffer<uint32_t> rings_, pages_;
   std::vector<History> histories_;
   int64_t ring_words_ = 0, page_words_ = 0;     // of one row, of one page

@@ -1,4 +1,4 @@
-// MTP heads, what they remember of each row, weights by name, and copies of rows and pages.
+// MTP heads, what they remember of each row, and copies of rows and pages.
 #include <cstring>
 #include <stdexcept>
 
@@ -15,8 +15,8 @@ void Runtime::head_inputs(int head, Step& step, int thread) {
   for (int64_t n = begin; n < end; ++n) {
     float* x = l.x.data() + n * dim;
     embed(head_tokens_[n], x);
-    kernels_.norm(config_.arithmetic, x, layer.embedding_norm.data(), dim, config_.eps, l.normed.data() + n * 2 * words);
-    kernels_.norm(config_.arithmetic, head_hidden_[n], layer.hidden_norm.data(), dim, config_.eps,
+    kernels_.norm(config_.arithmetic, x, layer.embedding_norm, dim, config_.eps, l.normed.data() + n * 2 * words);
+    kernels_.norm(config_.arithmetic, head_hidden_[n], layer.hidden_norm, dim, config_.eps,
                   l.normed.data() + (n * 2 + 1) * words);
     std::memset(x, 0, dim * sizeof(float));
   }
@@ -195,105 +195,6 @@ int64_t Runtime::page_bytes() const { return page_words_ * static_cast<int64_t>(
 
 int Runtime::num_sparse_layers() const {
   return static_cast<int>(std::count(config_.is_moe.begin(), config_.is_moe.end(), 1));
-}
-
-int64_t Runtime::weight_bytes() const {
-  int64_t total = embedding_bf16_.bytes() + embedding_f32_.bytes() + head_.bytes();
-  for (const auto& layer : layers_) {
-    for (const Matrix* m : {&layer->qkv, &layer->o, &layer->gate_up, &layer->down, &layer->router, &layer->join})
-      total += m->bytes();
-    for (const auto* experts : {&layer->experts_gate_up, &layer->experts_down})
-      for (const Matrix& m : *experts) total += m.bytes();
-  }
-  return total;
-}
-
-namespace {
-
-void check_shape(const std::string& part, const Source& source, int64_t rows, int64_t columns) {
-  if (source.rows != rows || source.columns != columns)
-    throw std::invalid_argument(part + " has shape (" + std::to_string(source.rows) + ", " + std::to_string(source.columns) +
-                                "), expected (" + std::to_string(rows) + ", " + std::to_string(columns) + ")");
-}
-
-Buffer<float> vector_of(const std::string& part, const Source& source, int64_t count) {
-  check_shape(part, source, 1, count);
-  Buffer<float> values(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = source.at(0, i);
-  return values;
-}
-
-}  // namespace
-
-void Runtime::set(const std::string& part, int layer_index, const Source& source) {
-  const RuntimeConfig& c = config_;
-  const auto matrix = [&](int64_t rows, int64_t columns, Format format) {
-    check_shape(part, source, rows, columns);
-    return Matrix(source, identity_order(rows), format, pool_);
-  };
-  if (part == "embedding") {
-    check_shape(part, source, c.vocab, c.hidden);
-    const int64_t count = source.rows * source.columns;
-    if (source.is_bf16) {
-      embedding_bf16_ = Buffer<uint16_t>(count);
-      std::memcpy(embedding_bf16_.data(), source.data, count * 2);
-    } else {
-      embedding_f32_ = Buffer<float>(count);
-      std::memcpy(embedding_f32_.data(), source.data, count * 4);
-    }
-    return;
-  }
-  if (part == "norm") return void(norm_ = vector_of(part, source, c.hidden));
-  if (part == "head") return void(head_ = matrix(c.vocab, c.hidden, c.format));
-  if (layer_index < 0 || layer_index >= static_cast<int>(layers_.size()))
-    throw std::invalid_argument("no layer " + std::to_string(layer_index) + " for " + part);
-  Layer& layer = *layers_[layer_index];
-  const Geometry& g = geometry(layer);
-  const int64_t width = static_cast<int64_t>(g.heads + g.groups) * g.qk + static_cast<int64_t>(g.groups) * g.v;
-  const auto pair = [&](int64_t inner) {
-    check_shape(part, source, 2 * inner, c.hidden);
-    return Matrix(source, gate_up_order(inner), c.format, pool_);
-  };
-  if (part == "input_norm") layer.input_norm = vector_of(part, source, c.hidden);
-  else if (part == "post_norm") layer.post_norm = vector_of(part, source, c.hidden);
-  else if (part == "embedding_norm") layer.embedding_norm = vector_of(part, source, c.hidden);
-  else if (part == "hidden_norm") layer.hidden_norm = vector_of(part, source, c.hidden);
-  else if (part == "final_norm") layer.final_norm = vector_of(part, source, c.hidden);
-  else if (part == "sinks") layer.sinks = vector_of(part, source, g.heads);
-  else if (part == "router_bias") layer.router_bias = vector_of(part, source, c.experts);
-  else if (part == "qkv") layer.qkv = matrix(width, c.hidden, c.format);
-  else if (part == "o") layer.o = matrix(c.hidden, static_cast<int64_t>(g.heads) * g.v, c.format);
-  else if (part == "join") layer.join = matrix(c.hidden, 2 * static_cast<int64_t>(c.hidden), c.format);
-  else if (part == "router") layer.router = matrix(c.experts, c.hidden, Format::F32);
-  else if (part == "gate_up") layer.gate_up = pair(c.dense_dim);
-  else if (part == "down") layer.down = matrix(c.hidden, c.dense_dim, c.format);
-  else if (part == "expert_gate_up") layer.experts_gate_up.push_back(pair(c.expert_dim));
-  else if (part == "expert_down") layer.experts_down.push_back(matrix(c.hidden, c.expert_dim, c.format));
-  else throw std::invalid_argument("no weight is called " + part);
-}
-
-void Runtime::check_complete() const {
-  const auto need = [](bool there, const std::string& what) {
-    if (!there) throw std::invalid_argument("weights are incomplete: " + what + " is missing");
-  };
-  need(embedding_bf16_.size() + embedding_f32_.size() > 0, "embedding");
-  need(norm_.size() > 0 && !head_.empty(), "final norm or output head");
-  const size_t experts = config_.experts;
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const Layer& layer = *layers_[i];
-    const std::string where = "layer " + std::to_string(i) + " ";
-    need(layer.input_norm.size() > 0 && layer.post_norm.size() > 0, where + "norm");
-    need(!layer.qkv.empty() && !layer.o.empty(), where + "attention");
-    need(!geometry(layer).sink || layer.sinks.size() > 0, where + "sinks");
-    if (layer.moe)
-      need(!layer.router.empty() && layer.router_bias.size() > 0 && layer.experts_gate_up.size() == experts &&
-               layer.experts_down.size() == experts, where + "router or experts");
-    else
-      need(!layer.gate_up.empty() && !layer.down.empty(), where + "feed-forward");
-    if (i >= config_.is_sliding.size())
-      need(!layer.join.empty() && layer.embedding_norm.size() > 0 && layer.hidden_norm.size() > 0 &&
-               layer.final_norm.size() > 0, where + "MTP projection or norms");
-  }
 }
 
 }  // namespace openmimo

@@ -29,11 +29,11 @@ struct Runtime::Layer {
   int sparse_index = -1;
   CacheShape cache;
   int64_t offset = 0;  // words within a row's rings or within a page
-  Buffer<float> input_norm, post_norm, sinks, router_bias;
+  float *input_norm = nullptr, *post_norm = nullptr, *sinks = nullptr, *router_bias = nullptr;
   Matrix qkv, o, gate_up, down, router;
   std::vector<Matrix> experts_gate_up, experts_down;
   // MTP heads only.
-  Buffer<float> embedding_norm, hidden_norm, final_norm;
+  float *embedding_norm = nullptr, *hidden_norm = nullptr, *final_norm = nullptr;
   Matrix join;
 };
 

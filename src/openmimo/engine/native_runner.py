@@ -8,15 +8,20 @@ Suffixes: S sequences, N flat tokens, M wanted rows of logits, V vocabulary, L s
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmimo.checkpoint.load import load_model
+from openmimo.config.io import read_model_config
 from openmimo.config.model import AttentionKind, ModelConfig
+from openmimo.engine import packed
 from openmimo.engine.runner import Int32, RowState, StepInput, StepOutput
 from openmimo.errors import RequestError, nearest
 from openmimo.model import MiMoModel
@@ -24,6 +29,10 @@ from openmimo.model import MiMoModel
 WEIGHTS = ("float32", "bf16", "int8", "fp8", "int4")
 # Names a kernel table, such as "scalar" or "avx2", instead of the fastest that works here.
 KERNELS_VARIABLE = "OPENMIMO_CPU"
+# Packing fewer bytes than this takes a moment each time; more are packed once, into a file.
+PACKED_FILE_BYTES = 256 << 20
+
+_log = logging.getLogger(__name__)
 
 
 def load_extension() -> Any:
@@ -43,42 +52,76 @@ class NativeRunner:
 
     `weights` is float32, or with bf16 arithmetic bf16, int8 (one scale per output), fp8 (E4M3, 128 x 128 blocks) or
     int4 (one scale per output and 32 inputs).
-    Raises: RequestError on other words, or when the extension is missing.
+    A model's weights are packed in memory. Those of a folder are packed once into a file of the user's cache folder
+    when they have `packed_file_bytes` or more; `verify` checks the folder's manifest and packs anew.
+    Raises: RequestError on other words, or when the extension is missing; CheckpointError on an unusable folder.
     """
 
     def __init__(
         self,
-        model: MiMoModel,
+        source: MiMoModel | Path,
         *,
         weights: str = "bf16",
         num_rows: int = 32,
         num_pages: int = 1024,
         max_step_tokens: int = 512,
         threads: int = 0,
+        verify: bool = False,
+        packed_file_bytes: int = PACKED_FILE_BYTES,
     ) -> None:
         native = load_extension()
         if weights not in WEIGHTS:
             raise RequestError(f"weights={weights!r} is not a format of the native runner; {nearest(weights, WEIGHTS)}")
-        self.config = model.config
+        self.config = read_model_config(source) if isinstance(source, Path) else source.config
         self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
-        settings = _settings(native, model.config, weights)
+        settings = _settings(native, self.config, weights)
         settings.num_rows, settings.num_pages, settings.max_step_tokens = num_rows, num_pages, max_step_tokens
         settings.threads = threads or torch.get_num_threads()
         settings.kernels = os.environ.get(KERNELS_VARIABLE, "")
         try:
             self.runtime = native.Runtime(settings)
-            for part, layer, tensor in _weights(model):
-                self.runtime.set(part, layer, _array(tensor))
-            self.runtime.check_complete()
         except (ValueError, RuntimeError) as error:
             raise RequestError(f"the native runner cannot take this model: {error}") from error
-        moe = model.config.moe
-        self._routes_shape = (
-            model.config.num_moe_layers,
-            moe.num_experts_per_token if moe and model.config.num_moe_layers else 0,
-        )
+        if isinstance(source, MiMoModel):
+            self.load_weights(source)
+        elif self.runtime.weight_bytes >= packed_file_bytes:
+            self._load_packed(source, weights, verify)
+        else:
+            self.load_weights(_load_model(source, weights, verify))
+        moe = self.config.moe
+        choices = moe.num_experts_per_token if moe and self.config.num_moe_layers else 0
+        self._routes_shape = (self.config.num_moe_layers, choices)
         self._wide_routes = moe is not None and moe.num_experts > 256
         self._rows_S = np.zeros(0, np.int32)
+
+    def load_weights(self, model: MiMoModel) -> None:
+        """Pack a model's weights, in place of those there are. Caches keep what older weights computed.
+
+        Raises: RequestError if the shapes are not this runner's, or its weights are a file that others map too.
+        """
+        try:
+            for part, layer, expert, tensor in _weights(model):
+                self.runtime.set(part, layer, expert, _array(tensor))
+            self.runtime.check_complete()
+        except ValueError as error:
+            raise RequestError(f"the native runner cannot take these weights: {error}") from error
+
+    def _load_packed(self, folder: Path, weights: str, verify: bool) -> None:
+        """Map the packed file of a folder, after writing it if there is none; every process shares its memory."""
+        fingerprint = packed.fingerprint(folder, weights)
+        path = packed.cache_path(fingerprint)
+        whole = self.runtime.weight_bytes <= packed.physical_memory() // 2
+        if not verify and self.runtime.open_weights(str(path), fingerprint, whole):
+            packed.mark_used(path)
+            return
+        model = _load_model(folder, weights, verify)
+        try:
+            packed.make_room(path, self.runtime.weight_bytes)
+            self.runtime.create_weights(str(path))
+        except (OSError, RuntimeError) as error:
+            _log.warning("packed weights are kept in memory only: %s", error)
+        self.load_weights(model)
+        self.runtime.finish_weights(fingerprint)
 
     @property
     def kernels(self) -> str:
@@ -150,6 +193,10 @@ class NativeRunner:
         self.runtime.write_row(row, state.arrays[0])
 
 
+def _load_model(folder: Path, weights: str, verify: bool) -> MiMoModel:
+    return load_model(folder, dtype="float32" if weights == "float32" else "bfloat16", verify=verify)
+
+
 def _settings(native: Any, config: ModelConfig, weights: str) -> Any:
     settings = native.RuntimeConfig()
     settings.set_weights(weights)
@@ -202,17 +249,17 @@ LAYER_PARTS = {
 WHOLE_PARTS = {"embed_tokens.weight": "embedding", "norm.weight": "norm", "lm_head.weight": "head"}
 
 
-def _weights(model: MiMoModel) -> Iterator[tuple[str, int, Tensor]]:
-    """Every weight as (part, layer, tensor); MTP heads follow the main layers, experts come one by one in order."""
+def _weights(model: MiMoModel) -> Iterator[tuple[str, int, int, Tensor]]:
+    """Every weight as (part, layer, expert, tensor); MTP heads follow the main layers."""
     for name, tensor in model.state_dict().items():
         if name in WHOLE_PARTS:
-            yield WHOLE_PARTS[name], 0, tensor
+            yield WHOLE_PARTS[name], 0, 0, tensor
             continue
         group, index, rest = name.split(".", 2)
         layer = int(index) + (model.config.num_layers if group == "mtp_heads" else 0)
         part = LAYER_PARTS[rest]
-        for one in tensor if part.startswith("expert_") else (tensor,):
-            yield part, layer, one
+        for expert, one in enumerate(tensor if part.startswith("expert_") else (tensor,)):
+            yield part, layer, expert, one
 
 
 def _array(tensor: Tensor) -> Any:

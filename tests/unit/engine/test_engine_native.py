@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from openmimo.checkpoint import save_model
 from openmimo.config.model import ModelConfig
-from openmimo.engine.native_runner import KERNELS_VARIABLE, WEIGHTS
+from openmimo.engine.native_runner import KERNELS_VARIABLE, WEIGHTS, NativeRunner
 from openmimo.engine.runner import StepInput
 from openmimo.errors import RequestError
 
@@ -247,3 +250,48 @@ def test_unknown_formats_and_kernels_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(KERNELS_VARIABLE, "avx9")
     with pytest.raises(RequestError, match="available: scalar"):
         make_runner(model)
+
+
+def test_packed_files_are_shared_checked_and_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a packed file that belongs to other weights, is damaged, or half written, being taken for good."""
+    monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path / "cache"))
+    config = SHAPES["nano"]
+    folder = tmp_path / "model"
+    tokens = some_tokens(config)
+    expected = {}
+    for seed in (0, 1):
+        model = random_model(config, seed).to(torch.bfloat16)
+        for module in model.routers():
+            module.float()
+        save_model(model, folder, dtype="bfloat16")
+        expected[seed], _ = feed(make_runner(model, "int8"), tokens, [TOKENS])
+
+        def packed_logits() -> np.ndarray:
+            runner = NativeRunner(folder, weights="int8", num_rows=1, num_pages=8, threads=2, packed_file_bytes=0)
+            return feed(runner, tokens, [TOKENS])[0]
+
+        assert (packed_logits() == expected[seed]).all()
+        (file,) = [each for each in (tmp_path / "cache").rglob("*.packed") if each.stat().st_mtime > 0]
+        before = file.stat().st_ino
+        assert (packed_logits() == expected[seed]).all()
+        assert file.stat().st_ino == before  # taken as it is
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        file.write_bytes(damaged)
+        assert (packed_logits() == expected[seed]).all()
+        assert file.stat().st_ino != before  # made anew
+        file.write_bytes(damaged[: len(damaged) // 3])
+        assert (packed_logits() == expected[seed]).all()
+        file.unlink()
+    assert (expected[0] != expected[1]).any()
+
+
+def test_weights_move_in_place(tmp_path: Path) -> None:
+    """Catches weights that `load_weights` leaves as they were: the runner must become the other model's."""
+    config = SHAPES["odd sizes"]
+    tokens, first, second = some_tokens(config), random_model(config, 0), random_model(config, 1)
+    runner = make_runner(first, "bf16")
+    feed(runner, tokens, [TOKENS])
+    runner.load_weights(second)
+    moved, _ = feed(runner, tokens, [TOKENS])
+    assert (moved == feed(make_runner(second, "bf16"), tokens, [TOKENS])[0]).all()

@@ -1,0 +1,62 @@
+"""Files of packed weights in the user's cache folder: one per checkpoint and weight format."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from openmimo.errors import CheckpointError
+from openmimo.kernels.native import cache_folder
+
+# Files not used longest go when there are more, or larger ones, than this.
+MOST_FILES = 16
+MOST_BYTES = 128 << 30
+SUFFIX = ".packed"
+
+
+def fingerprint(folder: Path, weights: str) -> str:
+    """Names the weights in a folder: configuration, and name, size and time of change of every weight file.
+
+    Raises: CheckpointError if the folder has no weight files.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no .safetensors files; give a checkpoint folder")
+    parts = [weights, (folder / "config.json").read_text(encoding="utf-8")]
+    for file in files:
+        status = file.stat()
+        parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def cache_path(name: str) -> Path:
+    """Where the file of that fingerprint belongs; its folder exists if it can be made."""
+    folder = cache_folder().parent / "packed"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}{SUFFIX}"
+
+
+def mark_used(path: Path) -> None:
+    """Let the file count as new when room is made."""
+    with contextlib.suppress(OSError):  # A cache that belongs to somebody else is still readable.
+        os.utime(path)
+
+
+def make_room(path: Path, num_bytes: int) -> None:
+    """Delete the files that were not used longest, so that one of `num_bytes` fits the limits."""
+    others = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    used, kept = num_bytes, 1
+    for file in others:
+        used, kept = used + file.stat().st_size, kept + 1
+        if used > MOST_BYTES or kept > MOST_FILES:
+            file.unlink(missing_ok=True)
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine, 0 where it cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
