@@ -1,88 +1,25 @@
-"""What every benchmark shares: the machine, its matmul peak, runs in turns, a table and one JSON line."""
+"""What every benchmark shares. It lives in the package, where `openmimo bench` uses it too."""
 
-from __future__ import annotations
+from openmimo.evals.measuring import (
+    Machine,
+    describe_machine,
+    in_turns,
+    matmul_peak,
+    print_result,
+    print_table,
+    read_bandwidth,
+    spread,
+    timed,
+)
 
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import torch
-
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where figures were measured."""
-
-    cpu: str
-    features: tuple[str, ...]
-    cores: int
-    threads: int
-    torch_version: str
-    python: str
-
-
-def describe_machine() -> Machine:
-    """The CPU as Linux names it, or as `platform` does elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set(fields.get("flags", "").split())
-    return Machine(
-        cpu=fields.get("model name", platform.processor() or platform.machine()),
-        features=tuple(name for name in FEATURES if name in flags),
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
-        torch_version=torch.__version__,
-        python=platform.python_version(),
-    )
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def matmul_peak(dtype: torch.dtype, *, size: int = 1024, rounds: int = 10) -> float:
-    """FLOP/s of the fastest of `rounds` square products: the roof that utilisation is stated against."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    torch.mm(a, b)
-    return 2 * size**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(rounds))
-
-
-def in_turns(arms: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, the arms taking turns (A B A B), so that drift of the machine meets all of them."""
-    for run in arms.values():
-        for _ in range(warm_up):
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, run in arms.items():
-            seconds[name].append(timed(run))
-    return seconds
-
-
-def spread(values: Sequence[float]) -> float:
-    """(Greatest - least) / median."""
-    return (max(values) - min(values)) / statistics.median(values)
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as their widest cell; floats with four figures."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def print_result(name: str, machine: Machine, figures: Mapping[str, object]) -> None:
-    """The one JSON line that ends a benchmark."""
-    print(json.dumps({"benchmark": name, "machine": asdict(machine), **figures}))
+__all__ = [
+    "Machine",
+    "describe_machine",
+    "in_turns",
+    "matmul_peak",
+    "print_result",
+    "print_table",
+    "read_bandwidth",
+    "spread",
+    "timed",
+]

@@ -141,6 +141,11 @@ class Tokenizer:
         return self._added[name].token_id
 
     @property
+    def definition(self) -> Json:
+        """The content of `tokenizer.json`; not to be changed."""
+        return self._definition
+
+    @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
         """All added tokens in the order of their ids."""
         return tuple(sorted(self._added.values(), key=lambda token: token.token_id))
