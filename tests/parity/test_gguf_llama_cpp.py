@@ -205,7 +205,7 @@ def test_drafted_text_is_greedy_text(
     """Rejected drafts left in a cache; heads fed one token off, which shows as lost acceptance and not in the text."""
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     ours = Engine(request.getfixturevalue(name)).generate([tokens], params)[0]
-    text, drafts, _ = drafted.generate(tokens, 40)
+    text, drafts = drafted.generate(tokens, 40)
     assert tuple(text) == ours.token_ids
     assert drafts.acceptance_length == pytest.approx(ours.draft.acceptance_length if acceptance is None else acceptance)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXTRAS: Mapping[str, str] = {
     "plots": "training curves as pictures",
     "data": "training on Parquet files",
-    "bench": "benchmarks beside transformers",
+    "bench": "benchmarks beside transformers and llama.cpp",
     "dev": "tests and checks",
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

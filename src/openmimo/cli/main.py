@@ -21,6 +21,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "chat": ("openmimo.cli.chat", "chat_command"),
     "eval": ("openmimo.cli.evaluate", "eval_command"),
     "convert": ("openmimo.cli.convert", "convert_command"),
+    "bench": ("openmimo.cli.bench", "bench_command"),
     "doctor": ("openmimo.cli.doctor", "doctor_command"),
 }
 

@@ -135,6 +135,36 @@ def kv_cache_bytes(
     )
 
 
+def decode_step_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context_tokens: int,
+    weight_bits: float = 16,
+    cache_bytes_per_value: int = 2,
+) -> int:
+    """Bytes that one decoding step must read: weights once for all sequences, and every sequence's keys and values.
+
+    Sequences choose experts as if at random, so a layer reads E (1 - (1 - k/E)^B) of them. Matrices have `weight_bits`
+    per entry, scales included; the router is fp32; the few embedding rows and vectors are left out.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    weights = 0.0
+    for part in _parts(config, 0):
+        unused = (1 - part.active / part.entries) ** batch_size if part.entries else 0.0
+        bits = 32 if part.storage == "fp32" else weight_bits
+        weights += part.entries * (1 - unused) * bits / 8 if part.matmul else 0
+    caches = batch_size * kv_cache_bytes(config, context_tokens, cache_bytes_per_value).total
+    return round(weights) + caches
+
+
+def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
+    """FLOPs of a prompt whose last token alone gets logits."""
+    without_head = _flops(config, 1, num_tokens, 0) - 2 * config.vocab_size * config.hidden_size
+    return round(num_tokens * without_head) + 2 * config.vocab_size * config.hidden_size
+
+
 def forward_flops(config: ModelConfig, context_tokens: int, *, mtp_heads: int = 0) -> int:
     """FLOPs of one token that sees `context_tokens` keys, its own included. A multiply-add is two."""
     return round(_flops(config, context_tokens, context_tokens, mtp_heads))

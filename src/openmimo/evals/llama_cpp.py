@@ -105,6 +105,7 @@ class LlamaContext:
         heads_of: LlamaContext | None = None,
     ) -> None:
         self.model, self.library = model, model.library
+        self.shape = (num_tokens, num_sequences, options)
         parameters = self.library.llama_context_default_params()
         padded = -(-num_tokens // 256) * 256
         parameters.n_ctx = padded * num_sequences

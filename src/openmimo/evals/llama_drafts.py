@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,12 +74,11 @@ class LlamaDrafter:
             self.extension: Any = self.heads.extension
             self.extension.llama_set_embeddings_nextn(self.main.handle, True, False)
 
-    def generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], DraftStats, float]:
-        """Continue a prompt: token ids, statistics, and the seconds after the prompt was processed."""
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], DraftStats]:
+        """Continue a prompt greedily."""
         text, hidden_ND = list(prompt), self._prefill(prompt)
         text.append(int(self.main.logits(self.main.batch.n_tokens - 1).argmax()))
         histogram = [0] * (self.num_drafts + 1)
-        started = time.perf_counter()
         while len(text) < len(prompt) + num_tokens:
             drafts = self._draft(text, hidden_ND)
             position, window = len(text) - 1, [text[-1], *drafts]
@@ -95,8 +93,7 @@ class LlamaDrafter:
             if self.num_drafts:
                 self.main.truncate(0, position + kept)
                 hidden_ND = np.concatenate((hidden_ND, self._hidden(kept)))[-window_tokens(self.num_drafts) :]
-        seconds = time.perf_counter() - started
-        return text[len(prompt) : len(prompt) + num_tokens], DraftStats(tuple(histogram)), seconds
+        return text[len(prompt) : len(prompt) + num_tokens], DraftStats(tuple(histogram))
 
     def close(self) -> None:
         if self.heads is not None:

@@ -102,7 +102,7 @@ def test_a_missing_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
     gaps = {gap.what: gap.get for gap in report.missing}
     assert gaps["training curves as pictures (matplotlib)"].endswith('-m pip install "openmimo[plots]"')
     assert "tests and checks (matplotlib)" in gaps
-    assert "benchmarks beside transformers (bench)" in report.works
+    assert "benchmarks beside transformers and llama.cpp (bench)" in report.works
 
 
 @pytest.mark.usefixtures("no_sandbox_probe")

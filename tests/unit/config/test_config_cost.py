@@ -7,8 +7,10 @@ from config_samples import distinct_config
 from openmimo.config.cost import (
     count_active,
     count_parameters,
+    decode_step_bytes,
     forward_flops,
     kv_cache_bytes,
+    prefill_flops,
     training_flops,
     weight_bytes,
 )
@@ -140,3 +142,30 @@ def test_impossible_questions_are_refused() -> None:
     ):
         with pytest.raises(ConfigError):
             ask()
+
+
+def test_a_decoding_step_reads_the_experts_that_its_tokens_choose() -> None:
+    """The figures of an independent table: one token reads the active weights, 32 tokens nearly all experts."""
+    small = preset("small")
+    one = decode_step_bytes(small, batch_size=1, context_tokens=1)
+    # Norms are not in it, and the router is counted in fp32.
+    assert one == pytest.approx(2 * count_active(small).total, rel=0.005)
+    experts = count_parameters(small, mtp_heads=0).experts
+    shared = one - 2 * experts * 4 / 32
+    read = 1 - (1 - 4 / 32) ** 32
+    many = decode_step_bytes(small, batch_size=32, context_tokens=1)
+    assert many == pytest.approx(shared + 2 * experts * read, rel=0.005)
+    longer = decode_step_bytes(small, batch_size=3, context_tokens=1000, cache_bytes_per_value=1)
+    shorter = decode_step_bytes(small, batch_size=3, context_tokens=0)
+    assert longer - shorter == 3 * kv_cache_bytes(small, 1000, 1).total
+    assert decode_step_bytes(small, batch_size=1, context_tokens=1, weight_bits=8.5) < 0.55 * one
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        decode_step_bytes(small, batch_size=0, context_tokens=1)
+
+
+def test_a_prompt_pays_for_one_row_of_logits() -> None:
+    """The output head counted for every token of the prompt."""
+    tiny = preset("tiny")
+    head = 2 * tiny.vocab_size * tiny.hidden_size
+    assert prefill_flops(tiny, 1) == forward_flops(tiny, 1)
+    assert prefill_flops(tiny, 300) == pytest.approx(sum(forward_flops(tiny, i + 1) for i in range(300)) - 299 * head)

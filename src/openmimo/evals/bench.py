@@ -1,0 +1,199 @@
+"""The measurements of `openmimo bench`: this package's engine and its peers in turns, each figure beside its limit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+
+from openmimo.config.model import ModelConfig
+from openmimo.errors import RequestError
+from openmimo.evals.bench_limits import Limits
+from openmimo.evals.bench_process import TargetProcess
+from openmimo.evals.bench_target import BenchTarget, Generation, TargetSpec
+from openmimo.evals.measuring import reported_in_turns, spread
+
+Targets = Mapping[str, BenchTarget]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One target at one shape of work. `seconds` has every round; the rate is that of their median.
+
+    `limit_tokens_per_s` is None where the work has no simple limit. `details` holds figures of one measurement only.
+    """
+
+    target: str
+    settings: str
+    work: str
+    tokens_per_s: float
+    spread: float
+    limit_tokens_per_s: float | None
+    seconds: tuple[float, ...]
+    details: Mapping[str, float]
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "details": dict(self.details)}
+
+
+@contextmanager
+def open_targets(specs: Sequence[TargetSpec]) -> Generator[dict[str, TargetProcess]]:
+    """All targets, each in a process of its own, closed at the end. Raises: RequestError."""
+    with ExitStack() as stack:
+        targets: dict[str, TargetProcess] = {}
+        for spec in specs:
+            targets[spec.kind] = TargetProcess(spec)
+            stack.callback(targets[spec.kind].close)
+        yield targets
+
+
+def random_tokens(rng: random.Random, vocab_size: int, *shape: int) -> list[list[int]]:
+    """Rows of token ids, each its own."""
+    rows, columns = shape
+    return [[rng.randrange(vocab_size) for _ in range(columns)] for _ in range(rows)]
+
+
+def bench_prefill(
+    targets: Targets, config: ModelConfig, limits: Limits, *, lengths: Sequence[int], rounds: int, seed: int = 0
+) -> list[BenchRow]:
+    """Tokens per second of one prompt of each length, from an empty cache to its last token's logits."""
+    rows: list[BenchRow] = []
+    for length in lengths:
+        [prompt] = random_tokens(random.Random(seed), config.vocab_size, 1, length)
+        arms = {name: _prefill_arm(target, prompt) for name, target in targets.items()}
+        seconds = reported_in_turns(arms, rounds)
+        limit = limits.prefill_tokens_per_s(length)
+        rows += _rows(targets, f"prompt {length}", seconds, length, limit)
+    return rows
+
+
+def bench_decode(
+    targets: Targets,
+    config: ModelConfig,
+    limits: Limits,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    num_steps: int,
+    rounds: int,
+    seed: int = 0,
+) -> list[BenchRow]:
+    """Tokens per second of all sequences together. Contexts grow by `num_steps` in every round, the same for all."""
+    rows: list[BenchRow] = []
+    rng = random.Random(seed)
+    for batch in batches:
+        for context in contexts:
+            prompts = random_tokens(rng, config.vocab_size, batch, context)
+            plan = [random_tokens(rng, config.vocab_size, num_steps, batch) for _ in range(rounds + 1)]
+            for target in targets.values():
+                target.start(prompts, room=num_steps * (rounds + 1))
+            arms = {name: _decode_arm(target, plan) for name, target in targets.items()}
+            seconds = reported_in_turns(arms, rounds)
+            limit = limits.decode_tokens_per_s(batch, context + num_steps * (rounds + 2) // 2)
+            rows += _rows(targets, f"batch {batch}, context {context}", seconds, batch * num_steps, limit)
+    return rows
+
+
+def bench_mtp(
+    targets: Targets,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    batches: Sequence[int],
+    num_tokens: int,
+    num_drafts: int,
+    rounds: int,
+) -> list[BenchRow]:
+    """Greedy decoding with and without drafts of the first prompts of each group, in turns. Prompts are in the time.
+
+    llama.cpp drafts at batch 1 only. `details` has the acceptance length, and whether the text is that of this row's
+    target without drafts: rounding may resolve a near tie differently in a wider step.
+    """
+    if not all(len(group) >= max(batches) for group in prompts.values()):
+        raise RequestError(f"there are fewer prompts than the largest batch, {max(batches)}; give more of them")
+    rows: list[BenchRow] = []
+    for domain, group in prompts.items():
+        for batch in batches:
+            last: dict[str, Generation] = {}
+            settings: dict[str, str] = {}
+
+            def arm(name: str, drafts: int, batch: int = batch, group: Sequence[Sequence[int]] = group) -> float:
+                key = f"{name}, {drafts} drafts" if drafts else name
+                last[key] = targets[name].generate(group[:batch], num_tokens, num_drafts=drafts)  # noqa: B023
+                settings[key] = targets[name].settings  # noqa: B023
+                return last[key].seconds  # noqa: B023
+
+            arms: dict[str, Callable[[], float]] = {}
+            for name in targets:
+                arms[name] = lambda name=name: arm(name, 0)
+                if num_drafts and (name != "llama.cpp" or batch == 1):
+                    arms[f"{name}, {num_drafts} drafts"] = lambda name=name: arm(name, num_drafts)
+            seconds = reported_in_turns(arms, rounds)
+            for key, values in seconds.items():
+                plain = last[key.partition(",")[0]]
+                details = {
+                    "acceptance_length": last[key].draft.acceptance_length,
+                    "same_text": float(last[key].token_ids == plain.token_ids),
+                }
+                work = f"{domain}, batch {batch}"
+                rows.append(_row(key, settings[key], work, values, batch * num_tokens, None, details))
+    return rows
+
+
+def bench_load(specs: Sequence[TargetSpec], config: ModelConfig, *, rounds: int, seed: int = 0) -> list[BenchRow]:
+    """Seconds from opening the files to the first token of a prompt of 16, and the process's peak memory.
+
+    Each round starts new processes, with the files in the operating system's cache after the first. The start of
+    Python and its imports do not count, and no target looks for its best settings.
+    """
+    [prompt] = random_tokens(random.Random(seed), config.vocab_size, 1, 16)
+    peaks: dict[str, float] = {}
+
+    def load(spec: TargetSpec) -> float:
+        target = TargetProcess(replace(spec, probe=False))
+        try:
+            seconds = target.load_seconds + target.prefill(prompt)
+            peaks[spec.kind] = target.peak_bytes
+            return seconds
+        finally:
+            target.close()
+
+    seconds = reported_in_turns({spec.kind: lambda spec=spec: load(spec) for spec in specs}, rounds)
+    return [_row(name, "", "load", values, 1, None, {"peak_bytes": peaks[name]}) for name, values in seconds.items()]
+
+
+def _prefill_arm(target: BenchTarget, prompt: Sequence[int]) -> Callable[[], float]:
+    return lambda: target.prefill(prompt)
+
+
+def _decode_arm(target: BenchTarget, plan: Sequence[Sequence[Sequence[int]]]) -> Callable[[], float]:
+    steps = iter(plan)
+    return lambda: target.decode(next(steps))
+
+
+def _rows(
+    targets: Targets, work: str, seconds: Mapping[str, Sequence[float]], num_tokens: int, limit: float
+) -> list[BenchRow]:
+    return [_row(name, target.settings, work, seconds[name], num_tokens, limit, {}) for name, target in targets.items()]
+
+
+def _row(
+    name: str,
+    settings: str,
+    work: str,
+    seconds: Sequence[float],
+    num_tokens: int,
+    limit: float | None,
+    details: Mapping[str, float],
+) -> BenchRow:
+    return BenchRow(
+        target=name,
+        settings=settings,
+        work=work,
+        tokens_per_s=num_tokens / median(seconds),
+        spread=spread(seconds),
+        limit_tokens_per_s=limit,
+        seconds=tuple(seconds),
+        details=details,
+    )
