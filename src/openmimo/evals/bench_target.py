@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from openmimo.engine import DraftStats, Engine, RunningBatch, SamplingParams
+from openmimo.engine import DraftStats, Engine, Runner, RunningBatch, SamplingParams
 from openmimo.errors import RequestError, nearest
 
 TargetKind = Literal["openmimo", "transformers", "llama.cpp"]
@@ -93,7 +93,21 @@ def open_target(spec: TargetSpec) -> BenchTarget:
         return TransformersPeer(spec.path, dtype=_dtype(spec.weights), probe=spec.probe)
     if spec.kind != "openmimo":
         raise RequestError(f"no target {spec.kind!r}; {nearest(spec.kind, TARGET_KINDS)}")
+    if spec.runner == "native":
+        return _native_target(spec)
     return EngineTarget(Engine(spec.path, runner=spec.runner, dtype=_dtype(spec.weights)))
+
+
+def _native_target(spec: TargetSpec) -> BenchTarget:
+    from openmimo.engine.native_runner import NativeRunner
+    from openmimo.evals.runner_target import RunnerTarget
+
+    def make(num_rows: int, num_pages: int) -> Runner:
+        return NativeRunner(
+            spec.path, weights=spec.weights, num_rows=num_rows, num_pages=num_pages, threads=spec.threads
+        )
+
+    return RunnerTarget(make)
 
 
 def _dtype(weights: Weights) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 from openmimo.checkpoint import save_model
 from openmimo.cli.main import build_app
 from openmimo.config.model import ModelConfig, preset
-from openmimo.engine import DraftStats, Engine
+from openmimo.engine import DraftStats, Engine, SamplingParams
+from openmimo.engine.native_runner import NativeRunner, load_extension
 from openmimo.errors import CheckpointError, RequestError
 from openmimo.evals import bench_limits
 from openmimo.evals.bench import bench_decode, bench_mtp, bench_prefill
@@ -21,6 +23,7 @@ from openmimo.evals.bench_limits import Limits
 from openmimo.evals.bench_process import TargetProcess
 from openmimo.evals.bench_run import BenchPlan
 from openmimo.evals.bench_target import EngineTarget, Generation, TargetSpec
+from openmimo.evals.runner_target import RunnerTarget
 from openmimo.model import build_model
 
 Steps = Sequence[Sequence[int]]
@@ -198,3 +201,33 @@ def test_targets_are_listed_in_one_order() -> None:
     """A ratio taken against the wrong column."""
     plan = BenchPlan(work="decode", model="nano", against=("llama.cpp", "transformers"))
     assert plan.kinds == ["openmimo", "transformers", "llama.cpp"]
+
+
+def test_a_bare_runner_decodes_the_given_tokens(tmp_path: Path, tiny_config: ModelConfig) -> None:
+    """Chunks of a prompt that overwrite each other, pages shared by two rows, or lengths that stand still."""
+    try:
+        load_extension()
+    except RequestError as error:
+        pytest.skip(str(error))
+    model = build_model(tiny_config)
+    target = RunnerTarget(
+        lambda rows, pages: NativeRunner(
+            model, weights="float32", num_rows=rows, num_pages=pages, max_step_tokens=16, threads=1
+        )
+    )
+    prompts = [[(7 * row + 3 * i) % 64 for i in range(70)] for row in range(2)]
+    assert target.prefill(prompts[0]) > 0
+    target.start(prompts, room=3)
+    target.decode([[7, 8], [9, 10]])
+    rows_S = np.arange(2, dtype=np.int32)
+    logits_SV = target._forward(np.array([11, 12], np.int32), rows_S, target._lengths_S, rows_S * 0 + 1, rows_S)
+    for row, prompt in enumerate(prompts):
+        text = [*prompt, *([7, 9, 11] if row == 0 else [8, 10, 12])]
+        with torch.inference_mode():
+            expected_V = model(torch.tensor([text])).logits[0, -1].numpy()
+        assert np.abs(logits_SV[row] - expected_V).max() < 1e-4
+    made = target.generate(prompts, 6, num_drafts=0)
+    ours = Engine(model).generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
+    assert made.token_ids == tuple(completion.token_ids for completion in ours)
+    with pytest.raises(RequestError, match="does not draft"):
+        target.generate(prompts, 6, num_drafts=1)
