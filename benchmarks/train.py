@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common import describe_machine, in_turns, matmul_peak, print_result, print_table, spread, timed
+from openmimo.config.cost import training_flops
 from openmimo.config.model import AttentionKind, ModelConfig, preset
 from openmimo.model import build_model
 from openmimo.train.optimizer import MasterAdamW
@@ -144,30 +145,6 @@ def fastest_settings(config: ModelConfig, tokens_BT: Tensor) -> tuple[TheirSetti
     return best, {settings.name: value for settings, value in seconds.items()}
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Three times the forward matmuls: active weights, the output head, and scores over the visible keys only."""
-    moe, total = config.moe, config.vocab_size * config.hidden_size
-    for kind, sparse in zip(config.layer_kinds, config.layer_is_moe, strict=True):
-        total += attention_macs(config, kind, length)
-        if sparse and moe is not None:
-            total += config.hidden_size * (moe.num_experts + 3 * moe.expert_dim * moe.num_experts_per_token)
-        else:
-            total += 3 * config.hidden_size * config.dense_dim
-    head = 2 * config.hidden_size**2 + attention_macs(config, AttentionKind.SLIDING, length)
-    head += config.hidden_size * (3 * config.dense_dim + config.vocab_size)
-    return 3.0 * 2.0 * (total + config.num_mtp_heads * head)
-
-
-def attention_macs(config: ModelConfig, kind: AttentionKind, length: int) -> float:
-    """Multiply-adds per token of one attention layer, averaged over a sequence."""
-    g = config.attention(kind)
-    window = min(g.window_keys or length, length)
-    keys = (window * (window + 1) / 2 + (length - window) * window) / length
-    qk, v = g.qk_head_dim, g.v_head_dim
-    projections = config.hidden_size * (g.num_heads * (qk + v) + g.num_kv_heads * (qk + v))
-    return projections + g.num_heads * (qk + v) * keys
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
@@ -189,8 +166,8 @@ def main() -> None:
     peak = max(peak_before, matmul_peak(torch.bfloat16))
 
     num_tokens = tokens_BT.numel()
-    flops = num_tokens * train_flops_per_token(config, options.length)
-    plain_flops = num_tokens * train_flops_per_token(config.replace(num_mtp_heads=0), options.length)
+    flops = num_tokens * training_flops(config, options.length, mtp_heads=config.num_mtp_heads)
+    plain_flops = num_tokens * training_flops(config, options.length)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     utilisation = {
         "openmimo": flops / medians["openmimo"] / peak,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from openmimo.train.monitors import matmul_peak as matmul_peak
+
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8")
 
 
@@ -49,13 +51,6 @@ def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def matmul_peak(dtype: torch.dtype, *, size: int = 1024, rounds: int = 10) -> float:
-    """FLOP/s of the fastest of `rounds` square products: the roof that utilisation is stated against."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    torch.mm(a, b)
-    return 2 * size**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(rounds))
 
 
 def read_bandwidth(num_bytes: int, *, rounds: int = 5, min_seconds: float = 0.02) -> float:

@@ -16,6 +16,7 @@ from types import FrameType
 import torch
 
 from openmimo.checkpoint import load_model, save_model
+from openmimo.config.cost import training_flops
 from openmimo.config.model import ModelConfig
 from openmimo.config.recipe import to_toml
 from openmimo.config.train import Precision, StageRecipe, TrainRecipe
@@ -194,7 +195,7 @@ class _Run:
         watch = time.perf_counter()
         zeros = monitors.num_zeros(self.model)
         monitor_share = (time.perf_counter() - watch) / every / seconds
-        flops = 3 * monitors.forward_flops_per_token(self.model, batch.token_ids_BT.shape[1], stage.mtp_heads)
+        flops = training_flops(self.model.config, batch.token_ids_BT.shape[1], mtp_heads=stage.mtp_heads)
         losses, load_LE = result.losses, result.tokens_per_expert_LE
         record = {
             "step": self.progress.step,

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from openmimo.model import MiMoModel
-
 
 def num_zeros(model: nn.Module) -> dict[str, int]:
     """How many gradient entries are exactly zero: in all, per layer and MTP head, and per layer's experts.
@@ -44,32 +42,9 @@ def expert_load(tokens_per_expert_LE: Tensor) -> dict[str, float]:
     return {"worst": float(ratio_L.max()), "mean": float(ratio_L.mean())}
 
 
-def forward_flops_per_token(model: MiMoModel, context_tokens: int, num_mtp_heads: int) -> float:
-    """Multiply-adds times two of one token's forward pass: active weights plus attention at mean context."""
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    weights = head * (1 + num_mtp_heads)
-    for name, parameter in model.named_parameters():
-        if name in ("embed_tokens.weight", "lm_head.weight") or parameter.ndim < 2:
-            continue
-        if name.startswith("mtp_heads."):
-            weights += parameter.numel() if int(name.split(".")[1]) < num_mtp_heads else 0
-        elif ".experts." in name and config.moe is not None:
-            weights += parameter.numel() * config.moe.num_experts_per_token // config.moe.num_experts
-        else:
-            weights += parameter.numel()
-    attention = 0.0
-    kinds = (*config.layer_kinds, *([None] * num_mtp_heads))
-    for kind in kinds:
-        geometry = config.sliding_attention if kind is None else config.attention(kind)
-        keys = context_tokens / 2
-        keys = keys if geometry.window_keys is None else min(keys, geometry.window_keys)
-        attention += geometry.num_heads * (geometry.qk_head_dim + geometry.v_head_dim) * keys
-    return 2.0 * (weights + attention)
-
-
-def matmul_peak(dtype: torch.dtype, device: torch.device, *, size: int = 1024, seconds: float = 0.3) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
     """FLOP/s of a square product in this dtype on this device, best of the runs that fit into `seconds`."""
+    size = 1024 if torch.device(device).type == "cpu" else 8192  # a GPU needs more rows to fill all its units
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = 0.0
     end = time.perf_counter() + seconds
