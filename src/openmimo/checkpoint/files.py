@@ -1,40 +1,22 @@
-"""Careful file access: strict JSON, regular files only, and folders that appear whole or not at all."""
+"""Careful file access: reads that are whole or an error, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import BinaryIO, cast
 
 from openmimo.errors import CheckpointError
 
 _CURRENT_FOLDER = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for unbuffered reading.
-
-    Links are followed, because download caches are made of them, but devices, pipes and folders are refused
-    before anything is read. Raises: CheckpointError.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot open {str(path)!r}: {error}; check the path and its permissions") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{str(path)!r} is not a regular file; replace it by the file itself")
-    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def read_exactly(file: BinaryIO, buffer: memoryview, *, what: str) -> None:
@@ -48,53 +30,6 @@ def read_exactly(file: BinaryIO, buffer: memoryview, *, what: str) -> None:
         if not count:
             raise CheckpointError(f"{what} ends after {done} of {len(buffer)} bytes; copy the file again")
         done += count
-
-
-def read_small_file(path: Path, *, max_bytes: int) -> bytes:
-    """The whole content of a file that may not exceed `max_bytes`. Raises: CheckpointError."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise CheckpointError(
-                f"{str(path)!r} has {size} bytes, at most {max_bytes} are allowed; is it the right file?"
-            )
-        content = bytearray(size)
-        read_exactly(file, memoryview(content), what=str(path))
-    return bytes(content)
-
-
-def parse_json_object(content: bytes, *, what: str) -> dict[str, object]:
-    """A JSON object, read strictly: UTF-8, no repeated keys, no NaN, no runaway nesting.
-
-    Raises: CheckpointError.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key appears twice")
-        return result
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        value: object = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON: {error}; restore the file from its source") from error
-    return as_object(value, what=what)
-
-
-def as_object(value: object, *, what: str) -> dict[str, object]:
-    """`value` as a JSON object. Raises: CheckpointError for any other JSON value."""
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}; restore the file")
-    return cast("dict[str, object]", value)
-
-
-def read_json_object(path: Path, *, max_bytes: int) -> dict[str, object]:
-    """Read and strictly parse a small JSON file. Raises: CheckpointError."""
-    return parse_json_object(read_small_file(path, max_bytes=max_bytes), what=str(path))
 
 
 def is_plain_name(name: str) -> bool:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from openmimo.checkpoint.files import as_object, atomic_folder, is_plain_name, open_regular, read_json_object
+from openmimo.checkpoint.files import atomic_folder, is_plain_name
+from openmimo.config.strict_json import as_object, open_regular, read_json_object
 from openmimo.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"

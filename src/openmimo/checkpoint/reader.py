@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from openmimo.checkpoint.files import as_object, is_plain_name, read_json_object, recover_folder
+from openmimo.checkpoint.files import is_plain_name, recover_folder
 from openmimo.checkpoint.fp8 import (
     FP8,
     Quantized,
@@ -26,6 +26,7 @@ from openmimo.checkpoint.names import SCALE_SUFFIX, HubTensor
 from openmimo.checkpoint.safetensors_io import SafetensorsFile, TensorEntry
 from openmimo.config.io import CONFIG_NAME, read_config_file
 from openmimo.config.model import ModelConfig
+from openmimo.config.strict_json import as_object, read_json_object
 from openmimo.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"

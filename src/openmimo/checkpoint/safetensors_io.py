@@ -19,8 +19,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from openmimo.checkpoint.files import as_object, open_regular, parse_json_object, read_exactly
+from openmimo.checkpoint.files import read_exactly
 from openmimo.checkpoint.manifest import HashingFile
+from openmimo.config.strict_json import as_object, open_regular, parse_json_object
 from openmimo.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000

@@ -14,9 +14,10 @@ from typing import cast
 
 from torch import Tensor
 
-from openmimo.checkpoint.files import atomic_folder, read_json_object, recover_folder, remove_leftovers
+from openmimo.checkpoint.files import atomic_folder, recover_folder, remove_leftovers
 from openmimo.checkpoint.manifest import folder_writer, verify_manifest
 from openmimo.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
+from openmimo.config.strict_json import read_json_object
 from openmimo.errors import CheckpointError
 
 TRAINING_STATE_NAME = "training_state"

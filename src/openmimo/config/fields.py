@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from openmimo.config.model import MAX_NUMBER, MAX_SIZE, MoEConfig
+from openmimo.config.model import MAX_NUMBER, MAX_SIZE, AttentionConfig, AttentionKind, ModelConfig, MoEConfig
 from openmimo.errors import ConfigError, nearest
 
 Json = dict[str, Any]
@@ -158,7 +158,71 @@ class Fields:
                 raise ConfigError(f"unknown key {show(self._prefix + key)}: {hint}; correct or remove it")
 
 
-def read_moe(fields: Fields, *, needed: bool, none: int | None) -> MoEConfig | None:
+def read_model(
+    fields: Fields,
+    *,
+    layer_kinds: tuple[AttentionKind, ...],
+    layer_is_moe: tuple[bool, ...],
+    global_attention: AttentionConfig,
+    sliding_attention: AttentionConfig,
+    rope_fraction: float,
+    norm_eps_key: str,
+    no_moe: int | None,
+    default_mtp_heads: int,
+) -> ModelConfig:
+    """A model from the keys that both layouts spell alike and the parts that they spell differently.
+
+    `no_moe` is what the sizes of sparse layers are (besides null) when there are none. Raises: ConfigError.
+    """
+    heads = fields.optional_whole("num_nextn_predict_layers")
+    return ModelConfig(
+        vocab_size=fields.whole("vocab_size"),
+        hidden_size=fields.whole("hidden_size"),
+        dense_dim=fields.whole("intermediate_size"),
+        layer_kinds=layer_kinds,
+        layer_is_moe=layer_is_moe,
+        global_attention=global_attention,
+        sliding_attention=sliding_attention,
+        moe=_read_moe(fields, needed=any(layer_is_moe), none=no_moe),
+        num_mtp_heads=default_mtp_heads if heads is None else heads,
+        rope_fraction=rope_fraction,
+        value_scale=fields.nullable_number("attention_value_scale", 1.0),
+        norm_eps=fields.number(norm_eps_key),
+        max_positions=fields.whole("max_position_embeddings"),
+        init_std=fields.number("initializer_range"),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+        pad_token_id=fields.optional_whole("pad_token_id"),
+        bos_token_id=fields.optional_whole("bos_token_id"),
+    )
+
+
+def write_model(config: ModelConfig, *, norm_eps_key: str, no_moe: int | None) -> Json:
+    """The keys that both layouts spell alike."""
+    moe, eos = config.moe, config.eos_token_ids
+    return {
+        "architectures": ["MiMoV2FlashForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.dense_dim,
+        "num_hidden_layers": config.num_layers,
+        "n_routed_experts": moe.num_experts if moe else no_moe,
+        "num_experts_per_tok": moe.num_experts_per_token if moe else no_moe,
+        "moe_intermediate_size": moe.expert_dim if moe else no_moe,
+        "norm_topk_prob": moe.normalize_weights if moe else True,
+        "num_nextn_predict_layers": config.num_mtp_heads,
+        "attention_value_scale": float(config.value_scale),
+        norm_eps_key: float(config.norm_eps),
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": float(config.init_std),
+        "tie_word_embeddings": config.tie_embeddings,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+    }
+
+
+def _read_moe(fields: Fields, *, needed: bool, none: int | None) -> MoEConfig | None:
     """The sparse layers' shape; the value `none` (or null) in all three sizes means that there are no such layers.
 
     Raises: ConfigError, also when sparse layers are `needed` and not described.

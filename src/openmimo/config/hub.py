@@ -6,7 +6,7 @@ one key more do so on their own. Rotary dimensions are `head_dim * partial_rotar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,8 +17,9 @@ from openmimo.config.fields import (
     Fixed,
     Json,
     kept_keys,
-    read_moe,
+    read_model,
     show,
+    write_model,
 )
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
 from openmimo.config.quantization import KEY as QUANTIZATION
@@ -45,6 +46,7 @@ PUBLISHED_MTP_HEADS = 3
 _KINDS = {0: AttentionKind.GLOBAL, 1: AttentionKind.SLIDING}
 _KIND_CODES = {kind: code for code, kind in _KINDS.items()}
 _SPARSE = {0: False, 1: True}
+_NORM_EPS = "layernorm_epsilon"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +90,17 @@ def read_hub(data: Mapping[str, object]) -> ConfigFile:
 
 def write_hub(file: ConfigFile) -> Json:
     """The keys of a `ConfigFile`, with every key that was read at its value."""
-    written = _written(file.model, file.quantization)
+    return merge_kept(file, _written(file.model, file.quantization), read_hub, IGNORED)
+
+
+def merge_kept(file: ConfigFile, written: Json, read: Callable[[Json], ConfigFile], ignored: Mapping[str, str]) -> Json:
+    """`written` with the spellings that the file kept, as far as they still say the same."""
     merged = {**written, **file.kept}
-    again = read_hub(merged)
+    again = read(merged)
     if (again.model, again.quantization) == (file.model, file.quantization):
         return merged
     # The model was changed after reading, so its old spellings no longer hold.
-    return {**written, **{key: value for key, value in file.kept.items() if key in IGNORED}}
+    return {**written, **{key: value for key, value in file.kept.items() if key in ignored}}
 
 
 def check_extra(extra: Mapping[str, object], ignored: Mapping[str, str]) -> None:
@@ -106,30 +112,18 @@ def check_extra(extra: Mapping[str, object], ignored: Mapping[str, str]) -> None
 
 def _read_model(fields: Fields) -> ModelConfig:
     num_layers = fields.whole("num_hidden_layers")
-    is_moe = fields.choices("moe_layer_freq", num_layers, _SPARSE)
-    heads = fields.optional_whole("num_nextn_predict_layers")
-    bos, pad = fields.optional_whole("bos_token_id"), fields.optional_whole("pad_token_id")
-    return ModelConfig(
-        vocab_size=fields.whole("vocab_size"),
-        hidden_size=fields.whole("hidden_size"),
-        dense_dim=fields.whole("intermediate_size"),
+    return read_model(
+        fields,
         layer_kinds=fields.choices("hybrid_layer_pattern", num_layers, _KINDS),
-        layer_is_moe=is_moe,
+        layer_is_moe=fields.choices("moe_layer_freq", num_layers, _SPARSE),
         global_attention=_read_attention(fields, "", sink="add_full_attention_sink_bias", window_keys=None),
         sliding_attention=_read_attention(
             fields, "swa_", sink="add_swa_attention_sink_bias", window_keys=_read_window(fields)
         ),
-        moe=read_moe(fields, needed=any(is_moe), none=None),
-        num_mtp_heads=PUBLISHED_MTP_HEADS if heads is None else heads,
         rope_fraction=fields.number("partial_rotary_factor"),
-        value_scale=fields.nullable_number("attention_value_scale", 1.0),
-        norm_eps=fields.number("layernorm_epsilon"),
-        max_positions=fields.whole("max_position_embeddings"),
-        init_std=fields.number("initializer_range"),
-        tie_embeddings=fields.flag("tie_word_embeddings"),
-        eos_token_ids=fields.token_ids("eos_token_id"),
-        pad_token_id=pad,
-        bos_token_id=bos,
+        norm_eps_key=_NORM_EPS,
+        no_moe=None,
+        default_mtp_heads=PUBLISHED_MTP_HEADS,
     )
 
 
@@ -158,15 +152,10 @@ def _read_window(fields: Fields) -> int:
 
 
 def _written(config: ModelConfig, quantization: Fp8Quantization | None) -> Json:
-    moe, eos = config.moe, config.eos_token_ids
-    window = config.sliding_attention.window_keys
+    moe, window = config.moe, config.sliding_attention.window_keys
     return {
-        "architectures": ["MiMoV2FlashForCausalLM"],
+        **write_model(config, norm_eps_key=_NORM_EPS, no_moe=None),
         **{key: rule.allowed[0] for key, rule in FIXED.items() if rule.written},
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.dense_dim,
-        "num_hidden_layers": config.num_layers,
         "hybrid_layer_pattern": [_KIND_CODES[kind] for kind in config.layer_kinds],
         "moe_layer_freq": [int(is_moe) for is_moe in config.layer_is_moe],
         **_written_attention(config.global_attention, "", sink="add_full_attention_sink_bias"),
@@ -174,21 +163,8 @@ def _written(config: ModelConfig, quantization: Fp8Quantization | None) -> Json:
         "sliding_window": window,
         "sliding_window_size": window,
         "partial_rotary_factor": config.rope_fraction,
-        "attention_value_scale": config.value_scale,
-        "n_routed_experts": moe.num_experts if moe else None,
-        "num_experts_per_tok": moe.num_experts_per_token if moe else None,
-        "moe_intermediate_size": moe.expert_dim if moe else None,
-        "norm_topk_prob": moe.normalize_weights if moe else True,
         # The published file says null where it means 1.
         "routed_scaling_factor": moe.routed_scaling if moe and moe.routed_scaling != 1.0 else None,
-        "num_nextn_predict_layers": config.num_mtp_heads,
-        "layernorm_epsilon": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
         **({QUANTIZATION: quantization.to_json()} if quantization else {}),
     }
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn, cast
 
 from openmimo.config.fields import Json
 from openmimo.config.hub import ConfigFile, Layout, read_hub, to_hub, write_hub
 from openmimo.config.model import ModelConfig, preset, preset_names
 from openmimo.config.native import read_native, to_native, write_native
+from openmimo.config.strict_json import read_json_object
 from openmimo.errors import ConfigError, nearest
 
 CONFIG_NAME = "config.json"
@@ -42,7 +41,7 @@ def read_config_file(path: str | Path) -> ConfigFile:
     """Everything in a `config.json`, or in that of a folder, in either layout. Raises: ConfigError."""
     path = Path(path)
     path = path / CONFIG_NAME if path.is_dir() else path
-    data = parse_config(_read_bytes(path), what=str(path))
+    data = read_json_object(path, max_bytes=MAX_CONFIG_BYTES, error=ConfigError)
     try:
         return read_native(data) if detect_layout(data) == "native" else read_hub(data)
     except ConfigError as error:
@@ -62,18 +61,6 @@ def detect_layout(data: Mapping[str, object]) -> Layout:
         f"this is no MiMo-V2-Flash configuration: none of {', '.join(_HUB_KEYS + _NATIVE_KEYS)} is there; "
         "give a folder with a checkpoint of that architecture"
     )
-
-
-def parse_config(content: bytes, *, what: str = CONFIG_NAME) -> Json:
-    """A JSON object, read strictly: UTF-8, no repeated keys, no NaN, no runaway nesting. Raises: ConfigError."""
-    try:
-        # ValueError covers bad UTF-8, bad JSON and numbers too long to convert.
-        data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{what!r} is not valid JSON: {error}; download or write it again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{what!r} holds {type(data).__name__}, expected a JSON object")
-    return cast("Json", data)
 
 
 def write_model_config(
@@ -115,32 +102,3 @@ def _write(data: Json, folder: Path) -> None:
             scratch.unlink(missing_ok=True)
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot write {CONFIG_NAME} into {str(folder)!r}: {error}") from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    """The content of a regular file of limited size; devices and pipes are refused before they can block."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{str(path)!r} is not a regular file; put the file itself there")
-            content = file.read(MAX_CONFIG_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"cannot read {str(path)!r}: {error}; check the path and its permissions") from error
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{str(path)!r} has more than {MAX_CONFIG_BYTES} bytes; is it a config.json?")
-    return content
-
-
-def _unique(pairs: list[tuple[str, object]]) -> Json:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in result if keys.count(key) > 1)!r} appears twice")
-    return result
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

@@ -17,9 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from openmimo.config.fields import FIXED_EVERYWHERE, IGNORED_EVERYWHERE, Fields, Fixed, Json, kept_keys, read_moe, show
+from openmimo.config.fields import (
+    FIXED_EVERYWHERE,
+    IGNORED_EVERYWHERE,
+    Fields,
+    Fixed,
+    Json,
+    kept_keys,
+    read_model,
+    show,
+    write_model,
+)
 from openmimo.config.hub import FIXED as HUB_FIXED
-from openmimo.config.hub import ConfigFile, check_extra, to_hub
+from openmimo.config.hub import ConfigFile, check_extra, merge_kept, to_hub
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig, hybrid_layer_kinds
 from openmimo.config.quantization import KEY as QUANTIZATION
 from openmimo.config.quantization import Fp8Quantization, read_quantization
@@ -75,6 +85,9 @@ _KINDS = {"full_attention": AttentionKind.GLOBAL, "sliding_attention": Attention
 _KIND_NAMES = {kind: name for name, kind in _KINDS.items()}
 _DEFAULT_THETAS = {AttentionKind.GLOBAL: 5e6, AttentionKind.SLIDING: 1e4}
 _SPARSE = {"dense": False, "sparse": True}
+_NORM_EPS = "rms_norm_eps"
+# transformers takes no null here; without sparse layers it never looks.
+_NO_MOE = 0
 
 
 def from_native(data: Mapping[str, object]) -> ModelConfig:
@@ -109,12 +122,7 @@ def read_native(data: Mapping[str, object]) -> ConfigFile:
 def write_native(file: ConfigFile) -> Json:
     """The keys of a `ConfigFile`, with every key that was read at its value."""
     _check_expressible(file.model)
-    written = _written(file.model, file.quantization)
-    merged = {**written, **file.kept}
-    again = read_native(merged)
-    if (again.model, again.quantization) == (file.model, file.quantization):
-        return merged
-    return {**written, **{key: value for key, value in file.kept.items() if key in IGNORED}}
+    return merge_kept(file, _written(file.model, file.quantization), read_native, IGNORED)
 
 
 def _read_model(fields: Fields) -> ModelConfig:
@@ -126,27 +134,16 @@ def _read_model(fields: Fields) -> ModelConfig:
     if fields.optional("mlp_layer_types") is not None:
         is_moe = fields.choices("mlp_layer_types", num_layers, _SPARSE)
     thetas, rope_fraction = _read_rope(fields, kinds)
-    heads = fields.optional_whole("num_nextn_predict_layers")
-    bos, pad = fields.optional_whole("bos_token_id"), fields.optional_whole("pad_token_id")
-    return ModelConfig(
-        vocab_size=fields.whole("vocab_size"),
-        hidden_size=fields.whole("hidden_size"),
-        dense_dim=fields.whole("intermediate_size"),
+    return read_model(
+        fields,
         layer_kinds=kinds,
         layer_is_moe=is_moe,
         global_attention=_read_attention(fields, AttentionKind.GLOBAL, thetas),
         sliding_attention=_read_attention(fields, AttentionKind.SLIDING, thetas),
-        moe=read_moe(fields, needed=any(is_moe), none=0),
-        num_mtp_heads=heads or 0,
         rope_fraction=rope_fraction,
-        value_scale=fields.nullable_number("attention_value_scale", 1.0),
-        norm_eps=fields.number("rms_norm_eps"),
-        max_positions=fields.whole("max_position_embeddings"),
-        init_std=fields.number("initializer_range"),
-        tie_embeddings=fields.flag("tie_word_embeddings"),
-        eos_token_ids=fields.token_ids("eos_token_id"),
-        pad_token_id=pad,
-        bos_token_id=bos,
+        norm_eps_key=_NORM_EPS,
+        no_moe=_NO_MOE,
+        default_mtp_heads=0,
     )
 
 
@@ -231,14 +228,10 @@ def _check_leftovers(fields: Fields, model: ModelConfig) -> None:
 
 
 def _written(config: ModelConfig, quantization: Fp8Quantization | None) -> Json:
-    attention, moe, eos = config.global_attention, config.moe, config.eos_token_ids
+    attention, moe = config.global_attention, config.moe
     return {
-        "architectures": ["MiMoV2FlashForCausalLM"],
+        **write_model(config, norm_eps_key=_NORM_EPS, no_moe=_NO_MOE),
         **{key: rule.allowed[0] for key, rule in FIXED.items() if rule.written},
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.dense_dim,
-        "num_hidden_layers": config.num_layers,
         "layer_types": [_KIND_NAMES[kind] for kind in config.layer_kinds],
         "mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in config.layer_is_moe],
         "num_attention_heads": attention.num_heads,
@@ -254,20 +247,6 @@ def _written(config: ModelConfig, quantization: Fp8Quantization | None) -> Json:
             }
             for kind, name in _KIND_NAMES.items()
         },
-        "attention_value_scale": float(config.value_scale),
-        # transformers takes no null here; without sparse layers it never looks.
-        "n_routed_experts": moe.num_experts if moe else 0,
-        "num_experts_per_tok": moe.num_experts_per_token if moe else 0,
-        "moe_intermediate_size": moe.expert_dim if moe else 0,
-        "norm_topk_prob": moe.normalize_weights if moe else True,
         "routed_scaling_factor": float(moe.routed_scaling) if moe else 1.0,
-        "num_nextn_predict_layers": config.num_mtp_heads,
-        "rms_norm_eps": float(config.norm_eps),
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": float(config.init_std),
-        "tie_word_embeddings": config.tie_embeddings,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
         **({QUANTIZATION: quantization.to_json()} if quantization else {}),
     }

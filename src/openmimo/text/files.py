@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from openmimo.config.strict_json import parse_json_object
 from openmimo.errors import TextError
 
 # The published tokenizer.json has 11 MB.
@@ -27,14 +28,7 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file whose top is an object. Raises: TextError if it is anything else."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TextError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return cast(dict[str, Any], value)
+    return parse_json_object(read_text(path).encode(), what=str(path), error=TextError)
 
 
 def write_json(path: Path, value: dict[str, Any], *, indent: int | None) -> None:

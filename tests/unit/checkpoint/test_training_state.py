@@ -15,6 +15,7 @@ from openmimo.checkpoint.training_state import (
     save_step,
     save_training_state,
 )
+from openmimo.config.strict_json import open_regular
 from openmimo.errors import CheckpointError
 
 TENSORS = {
@@ -128,4 +129,4 @@ def test_pipes_and_devices_are_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(CheckpointError, match="not a regular file"):
-            files.open_regular(path)
+            open_regular(path)

@@ -13,7 +13,6 @@ from config_samples import hub_sample
 from openmimo.config.hub import IGNORED, from_hub, to_hub, write_hub
 from openmimo.config.io import (
     detect_layout,
-    parse_config,
     read_config_file,
     read_model_config,
     write_config_file,
@@ -21,6 +20,7 @@ from openmimo.config.io import (
 )
 from openmimo.config.model import ModelConfig, preset
 from openmimo.config.native import from_native, to_native, write_native
+from openmimo.config.strict_json import parse_json_object
 from openmimo.errors import ConfigError, MimoError
 
 FUZZ_CASES = int(os.environ.get("OPENMIMO_FUZZ_CASES", "400"))
@@ -58,8 +58,8 @@ DAMAGED = {
     "not utf-8": (b'{"a": "\xff\xfe"}', "not valid JSON"),
     "nan": (b'{"layernorm_epsilon": NaN}', "NaN is not JSON"),
     "infinity": (b'{"a": -Infinity}', "Infinity is not JSON"),
-    "list": (b"[1, 2]", "holds list"),
-    "null": (b"null", "holds NoneType"),
+    "list": (b"[1, 2]", "got list"),
+    "null": (b"null", "got NoneType"),
     "twice": (b'{"hidden_size": 1, "hidden_size": 2}', "'hidden_size' appears twice"),
     "twice inside": (b'{"a": {"b": 1, "b": 2}}', "'b' appears twice"),
     "list bomb": (b"[" * 200_000, "not valid JSON"),
@@ -87,7 +87,7 @@ def test_large_files_are_refused_without_parsing(tmp_path: Path) -> None:
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     """A pipe must not block the reader."""
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot open"):
         read_model_config(tmp_path)
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="not a regular file"):
@@ -193,7 +193,7 @@ def test_mutated_bytes_give_an_error_or_the_right_model() -> None:
                 (b"", rng.randbytes(2), b"[", b"}", b",", b"9", bytes(content[start:stop]) * 2)
             )
         try:
-            config = from_hub(parse_config(bytes(content)))
+            config = from_hub(parse_json_object(bytes(content), what="x", error=ConfigError))
         except MimoError as error:
             messages.append(str(error))
             continue
