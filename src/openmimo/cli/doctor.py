@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -29,6 +30,7 @@ EXTRAS: Mapping[str, str] = {
     "dev": "tests and checks",
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+GET_COMPILER = "apt install g++, or xcode-select --install"
 GIB = 2**30
 
 
@@ -52,6 +54,15 @@ class TorchBuild:
     mkldnn: bool
     cuda_devices: tuple[str, ...]
     mps: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The C++ kernels: whether they run here, how they were made or why not, and how to get them."""
+
+    usable: bool
+    status: str
+    get: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,7 @@ class Report:
     torch: TorchBuild | None
     torch_error: str | None
     compiler: Compiler
+    kernels: Kernels
     sandbox: Sandbox | None
     extras: tuple[Extra, ...]
     works: tuple[str, ...]
@@ -125,6 +137,7 @@ def examine() -> Report:
 
     processor, compiler = read_processor(), read_compiler()
     torch_build, torch_error = _read_torch()
+    kernels = _read_kernels()
     extras = tuple(_read_extras())
     usage = shutil.disk_usage(".")
     return Report(
@@ -137,10 +150,11 @@ def examine() -> Report:
         torch=torch_build,
         torch_error=torch_error,
         compiler=compiler,
+        kernels=kernels,
         sandbox=read_sandbox(),
         extras=extras,
-        works=tuple(_works(processor, torch_build, compiler, extras)),
-        missing=tuple(_gaps(processor, torch_build, torch_error, compiler, extras)),
+        works=tuple(_works(processor, torch_build, compiler, kernels, extras)),
+        missing=tuple(_gaps(processor, torch_build, torch_error, compiler, kernels, extras)),
     )
 
 
@@ -157,6 +171,7 @@ def report_facts(report: Report) -> dict[str, list[tuple[str, str]]]:
         "disk": [("free", f"{_gib(report.disk.free_bytes)} of {_gib(report.disk.total_bytes)} at {report.disk.path}")],
         "torch": _torch_facts(report),
         "compiler": [("C++", report.compiler.version or "none"), ("Python.h", _yes(report.compiler.python_headers))],
+        "kernels": [("C++", ("" if report.kernels.usable else "none: ") + report.kernels.status)],
         "sandbox": [
             ("user namespaces", "unknown" if report.sandbox is None else _yes(report.sandbox.user_namespaces)),
             ("Landlock", "unknown" if report.sandbox is None else f"ABI {report.sandbox.landlock_abi}"),
@@ -210,6 +225,20 @@ def _read_torch() -> tuple[TorchBuild | None, str | None]:
     ), None
 
 
+def _read_kernels() -> Kernels:
+    """Load the C++ kernels, which builds them where that was not done yet."""
+    import warnings
+
+    from openmimo.kernels.native import native_kernels
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says it
+        found = native_kernels()
+    switched_off = os.environ.get("OPENMIMO_NATIVE") == "0"
+    get = "unset OPENMIMO_NATIVE" if switched_off else f"{GET_COMPILER}; CXX=... names another one"
+    return Kernels(usable=found.library is not None, status=found.status, get=get)
+
+
 def _read_extras() -> Iterator[Extra]:
     """The extras that the installed package declares and this version uses."""
     try:
@@ -237,7 +266,11 @@ def extra_packages(requirements: Sequence[str], extra: str) -> list[str]:
 
 
 def _works(
-    processor: Processor, torch_build: TorchBuild | None, compiler: Compiler, extras: Sequence[Extra]
+    processor: Processor,
+    torch_build: TorchBuild | None,
+    compiler: Compiler,
+    kernels: Kernels,
+    extras: Sequence[Extra],
 ) -> Iterator[str]:
     if torch_build is not None:
         yield f"training, decoding, conversion (torch {torch_build.version}, {torch_build.threads} threads)"
@@ -245,6 +278,8 @@ def _works(
         yield f"CUDA ({', '.join(torch_build.cuda_devices)})"
     if processor.has_bf16:
         yield "bf16 products in hardware"
+    if kernels.usable:
+        yield "fused C++ kernels in bf16 training"
     if compiler.command and compiler.python_headers:
         yield f"torch.compile for the processor ({compiler.command})"
     for extra in extras:
@@ -257,6 +292,7 @@ def _gaps(
     torch_build: TorchBuild | None,
     torch_error: str | None,
     compiler: Compiler,
+    kernels: Kernels,
     extras: Sequence[Extra],
 ) -> Iterator[Gap]:
     if torch_build is None:
@@ -266,8 +302,10 @@ def _gaps(
         )
     if not processor.has_bf16:
         yield Gap(what="bf16 products in hardware", get="this processor has none; bf16 is emulated, float32 is not")
+    if not kernels.usable:
+        yield Gap(what=f"C++ kernels, without which bf16 training is slower ({kernels.status})", get=kernels.get)
     if not compiler.command:
-        yield Gap(what="a C++ compiler for torch.compile", get="apt install g++, or xcode-select --install")
+        yield Gap(what="a C++ compiler for torch.compile", get=GET_COMPILER)
     elif not compiler.python_headers:
         yield Gap(what="Python.h for torch.compile", get="apt install python3-dev, or your system's like")
     if not extras:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from openmimo.cli import doctor
 from openmimo.cli.main import build_app
+from openmimo.kernels import native
 
 REQUIREMENTS = [
     "torch>=2.11",
@@ -41,8 +43,8 @@ def test_json_has_all_sections_with_sane_values() -> None:
     assert result.exit_code == 0
     report: dict[str, Any] = json.loads(result.stdout)
     assert set(report) == {
-        "openmimo", "python", "system", "processor", "memory", "disk", "torch", "torch_error", "compiler", "sandbox",
-        "extras", "works", "missing",
+        "openmimo", "python", "system", "processor", "memory", "disk", "torch", "torch_error", "compiler", "kernels",
+        "sandbox", "extras", "works", "missing",
     }  # fmt: skip
     processor, memory, disk = report["processor"], report["memory"], report["disk"]
     assert 1 <= processor["cores_usable"] <= processor["cores"] == os.cpu_count()
@@ -62,7 +64,18 @@ def test_plain_lines_without_a_terminal() -> None:
     """Box drawing or colours in a log file; a fact of the JSON that the text leaves out."""
     lines = invoke().stdout.splitlines()
     sections = {line.split(" ", 1)[0].rstrip(":") for line in lines}
-    assert sections >= {"openmimo", "processor", "memory", "disk", "torch", "compiler", "sandbox", "packages", "works"}
+    assert sections >= {
+        "openmimo",
+        "processor",
+        "memory",
+        "disk",
+        "torch",
+        "compiler",
+        "kernels",
+        "sandbox",
+        "packages",
+    }
+    assert "works" in sections
     assert all(line.isascii() and ": " in line for line in lines)
 
 
@@ -103,6 +116,30 @@ def test_a_missing_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
     assert gaps["training curves as pictures (matplotlib)"].endswith('-m pip install "openmimo[plots]"')
     assert "tests and checks (matplotlib)" in gaps
     assert "benchmarks beside transformers and llama.cpp (bench)" in report.works
+
+
+@pytest.mark.usefixtures("no_sandbox_probe")
+@pytest.mark.parametrize(
+    ("found", "environment", "hint"),
+    [
+        ("no C++ compiler found", "1", "apt install g++"),
+        ("switched off", "0", "unset OPENMIMO_NATIVE"),
+        (None, "1", ""),
+    ],
+)
+def test_the_state_of_the_kernels_is_reported(
+    found: str | None, environment: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow training without a word, or advice to install a compiler where they were switched off."""
+    kernels = native.NativeKernels(None, found) if found else native.NativeKernels(ctypes.CDLL(None), "built")
+    monkeypatch.setattr(native, "native_kernels", lambda: kernels)
+    monkeypatch.setenv("OPENMIMO_NATIVE", environment)
+    report = doctor.examine()
+    gaps = [gap for gap in report.missing if "C++ kernels" in gap.what]
+    assert doctor.report_facts(report)["kernels"] == [("C++", f"none: {found}" if found else "built")]
+    assert any("C++ kernels" in line for line in report.works) == (found is None)
+    assert len(gaps) == (found is not None)
+    assert all(hint in gap.get and str(found) in gap.what for gap in gaps)
 
 
 @pytest.mark.usefixtures("no_sandbox_probe")
