@@ -27,12 +27,12 @@ def test_a_compiled_layer_gives_the_same_output_and_gradient(index: int, dtype: 
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(seed))
     block.to(dtype)
     kind = (AttentionKind.GLOBAL, AttentionKind.SLIDING)[index]
-    plan = make_plans(config, torch.arange(70).expand(1, -1), None, dtype)[kind]
+    plan = make_plans(config, torch.arange(70).expand(1, -1), None, dtype, writes_cache=True)[kind]
     x_BTD = torch.randn(1, 70, config.hidden_size, generator=torch.Generator().manual_seed(9)).to(dtype)
     _, routing = block(x_BTD, plan)
     replay_BTk = None if routing is None else routing.experts_BTk  # rounding must not change the choice
     outputs: list[torch.Tensor] = []
-    for layer in (block, torch.compile(block)):
+    for layer in (block, torch.compile(block, fullgraph=True)):
         leaf_BTD = x_BTD.clone().requires_grad_()
         y_BTD, _ = layer(leaf_BTD, plan, None, replay_BTk)
         y_BTD.float().square().mean().backward()

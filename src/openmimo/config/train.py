@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
@@ -66,7 +67,8 @@ class Precision(StrEnum):
 class ModelRecipe:
     """Which model to train: random weights of a `preset`, or the weights in a checkpoint `folder` (one of the two).
 
-    The other fields change the model when they are set. The report trains with `init_std` 0.006, a global
+    The other fields change the model when they are set; without `vocab_size` a preset takes the tokenizer's. How many
+    MTP heads there are is up to the stages. The report trains with `init_std` 0.006, a global
     `global_rope_theta` of 640,000 before the long-context stage and 5,000,000 in it, and one MTP head until
     post-training, where it is copied to three.
     """
@@ -74,7 +76,6 @@ class ModelRecipe:
     preset: str = ""
     folder: str = ""
     vocab_size: int | None = None
-    num_mtp_heads: int | None = None
     window_keys: int | None = None
     sliding_sink: bool | None = None
     global_rope_theta: float | None = None
@@ -96,7 +97,7 @@ class ModelRecipe:
             "global_attention": _changed(config.global_attention, rope_theta=self.global_rope_theta),
             "sliding_attention": _changed(config.sliding_attention, **sliding),
         }
-        names = ("vocab_size", "num_mtp_heads", "value_scale", "init_std", "max_positions")
+        names = ("vocab_size", "value_scale", "init_std", "max_positions")
         return _changed(config, **changes, **{name: getattr(self, name) for name in names})
 
 
@@ -235,7 +236,10 @@ class LogRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
-    """One training run. `threads` of 0 leaves the number of CPU threads to the library."""
+    """One training run. `device` is cpu, cuda, cuda:N, or auto: cuda where PyTorch sees a GPU, else cpu.
+
+    `threads` of 0 leaves the number of CPU threads to the library.
+    """
 
     name: str
     model: ModelRecipe
@@ -247,11 +251,13 @@ class TrainRecipe:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
     precision: Precision = Precision.AUTO
-    compile: bool = False
+    device: str = "auto"
     threads: int = 0
 
     def __post_init__(self) -> None:
         _require(self, not_negative=("seed", "threads"))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device={self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"stages are named {names}; give at least one, each with its own name")

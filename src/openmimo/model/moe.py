@@ -48,7 +48,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(ctx.saved_tensors[0])
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_up.copy_(F.silu(gate).mul_(grad))
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
         return grad_gate_up
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Generator
@@ -15,17 +14,18 @@ from types import FrameType
 
 import torch
 
-from openmimo.checkpoint import load_model, save_model
+from openmimo.checkpoint import save_model
 from openmimo.config.cost import training_flops
-from openmimo.config.model import ModelConfig
 from openmimo.config.recipe import to_toml
-from openmimo.config.train import Precision, StageRecipe, TrainRecipe
+from openmimo.config.train import StageRecipe, TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.data.packing import Batch
 from openmimo.errors import MimoError
-from openmimo.model import MiMoModel, build_model, cast_model, replicate_mtp_head
+from openmimo.model import MiMoModel, replicate_mtp_head
 from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train import monitors
+from openmimo.train.device import compute_dtype, pick_device, to_device
+from openmimo.train.initial import initial_model
 from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.report import Reporter
@@ -79,21 +79,28 @@ class _Run:
         keep_freed_memory()
         run_dir.mkdir(parents=True, exist_ok=True)
         self.fingerprint = hashlib.sha256(to_toml(recipe).encode()).hexdigest()
-        self.dtype = compute_dtype(recipe.precision)
+        self.device = pick_device(recipe.device)
+        self.dtype = compute_dtype(recipe.precision, self.device)
         self.progress = Progress()
         saved = load_progress(run_dir, self.fingerprint) if resume else None
         self.tokenizer = (
             Tokenizer.load(run_dir / "tokenizer") if saved else tokenizer_for(recipe, run_dir / "tokenizer")
         )
         self.template = ChatTemplate(self.tokenizer)
-        self.model = self._initial_model(None if saved is None else saved[2])
+        self.model = initial_model(
+            recipe,
+            self.tokenizer,
+            dtype=self.dtype,
+            device=self.device,
+            saved_heads=None if saved is None else saved[2],
+        )
         self.optimizer = self._new_optimizer()
         if saved is not None:
             self.progress = saved[0]
             restore(self.model, self.optimizer, saved[1])
         else:
             self._write_start()
-        self.peak_flops = monitors.matmul_peak(self.dtype, torch.device("cpu"))
+        self.peak_flops = monitors.matmul_peak(self.dtype, self.device)
         self.skipped = 0
         self.started = time.perf_counter()
 
@@ -144,7 +151,7 @@ class _Run:
                     stage.schedule.value, step, steps=stage.steps, warmup=stage.warmup_steps, start=lr_start, end=lr_end
                 )
                 waited = time.perf_counter()
-                batch = next(loader)
+                batch = to_device(next(loader), self.device)
                 begun = time.perf_counter()
                 result = train_step(
                     self.model,
@@ -228,14 +235,6 @@ class _Run:
             self.optimizer.load_state_tensors(known, partial=True)
         self.progress = replace(self.progress, stage=index)
 
-    def _initial_model(self, saved_heads: int | None) -> MiMoModel:
-        recipe = self.recipe.model
-        if recipe.folder:
-            return cast_model(load_model(Path(recipe.folder), dtype="float32"), self.dtype)
-        config = _config_for(recipe.resolve(), self.tokenizer)
-        heads = self.recipe.stages[0].mtp_heads if saved_heads is None else saved_heads
-        return build_model(config.replace(num_mtp_heads=heads), seed=self.recipe.seed, dtype=self.dtype)
-
     def _new_optimizer(self) -> MasterAdamW:
         o = self.recipe.optimizer
         return MasterAdamW(
@@ -265,38 +264,11 @@ class _Run:
             "git_revision": monitors.git_revision(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
         (self.run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of forward and backward; `auto` takes bf16 where the processor multiplies it natively."""
-    if precision is Precision.AUTO:
-        return torch.bfloat16 if has_fast_bf16() else torch.float32
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 matrix products run in hardware here (CUDA, AVX-512 BF16 or AMX)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    if not flags.is_file():
-        return False
-    words = set(flags.read_text().split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def _config_for(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The preset with the tokenizer's vocabulary (rounded up to 64 for the products) and end tokens."""
-    vocabulary = math.ceil(tokenizer.vocab_size / 64) * 64
-    return config.replace(
-        vocab_size=max(vocabulary, 64),
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def num_zeros(model: nn.Module) -> dict[str, int]:
     parts: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
-            count = torch.tensor(parameter.numel())
+            count = torch.full((), parameter.numel(), device=parameter.device)
         else:
             count = parameter.numel() - torch.count_nonzero(parameter.grad)
         names.append(name)

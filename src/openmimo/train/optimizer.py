@@ -90,7 +90,7 @@ class MasterAdamW:
             parameter.copy_(master)
             suffix = f".{name}"
             state = {
-                key[len("adamw.") : -len(suffix)]: value.clone()
+                key[len("adamw.") : -len(suffix)]: value.to(master.device, copy=True)
                 for key, value in tensors.items()
                 if key.startswith("adamw.") and key.endswith(suffix) and "." not in key[len("adamw.") : -len(suffix)]
             }

@@ -14,6 +14,7 @@ from torch import Tensor
 from openmimo.checkpoint.training_state import checkpoint_dirs, latest_valid, load_training_state, save_step
 from openmimo.errors import CheckpointError
 from openmimo.model import MiMoModel
+from openmimo.train.device import random_state, set_random_state
 from openmimo.train.optimizer import MasterAdamW
 
 TRAINING_STATE = "training_state"
@@ -43,7 +44,7 @@ def save_progress(
     """Write one step folder (weights for anyone, training state for us) and drop all but the last `keep`."""
     tensors = dict(optimizer.state_tensors())
     tensors |= {f"buffer.{name}": buffer.detach() for name, buffer in model.named_buffers()}
-    tensors["rng"] = torch.get_rng_state()
+    tensors |= random_state(next(model.parameters()).device)
     meta = {
         "step": progress.step,
         "stage": progress.stage,
@@ -87,7 +88,7 @@ def restore(model: MiMoModel, optimizer: MasterAdamW, tensors: Mapping[str, Tens
     optimizer.load_state_tensors(dict(tensors))
     for name, buffer in model.named_buffers():
         buffer.copy_(tensors[f"buffer.{name}"])
-    torch.set_rng_state(tensors["rng"])
+    set_random_state(dict(tensors), next(model.parameters()).device)
 
 
 def _int(meta: Mapping[str, object], key: str) -> int:

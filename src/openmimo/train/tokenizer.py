@@ -12,7 +12,7 @@ from openmimo.data.readers import open_records
 from openmimo.tasks import sample_problem
 from openmimo.text import DEFAULT_SYSTEM, Tokenizer, train_tokenizer
 
-# Text beyond this adds nothing to a small vocabulary and makes its training slow.
+# Longer documents are cut into pieces of this length, so that no single one makes up the sample.
 SAMPLE_CHARACTERS = 2_000
 
 
@@ -47,7 +47,7 @@ def _sample(sources: tuple[SourceRecipe, ...], num_documents: int, seed: int) ->
                 )
                 yield f"{problem.prompt}\n{problem.solution}\n"
         else:
-            yield from islice(_texts(source.path), share)
+            yield from islice(_texts(source.path, share), share)
 
 
 def _frame(recipe: TrainRecipe, num_documents: int) -> Iterator[str]:
@@ -59,12 +59,22 @@ def _frame(recipe: TrainRecipe, num_documents: int) -> Iterator[str]:
             yield "assistant\n"
 
 
-def _texts(path: str) -> Iterator[str]:
-    for file in find_files([path]):
-        records = open_records(file.path)
-        try:
-            record = records.read(0)
-        finally:
-            records.close()
-        if record.text:
-            yield record.text[:SAMPLE_CHARACTERS]
+def _texts(path: str, num_documents: int) -> Iterator[str]:
+    """The beginning of every file; more of each where there are few."""
+    files = find_files([path])
+    for file in files:
+        yield from islice(_pieces(file.path), max(1, num_documents // len(files)))
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A file's text, in pieces of at most SAMPLE_CHARACTERS; of conversations what is said in them."""
+    records = open_records(path)
+    try:
+        position: int | None = 0
+        while position is not None:
+            record = records.read(position)
+            text = record.text or "\n".join(str(message.get("content", "")) for message in record.messages or ())
+            yield from (text[start : start + SAMPLE_CHARACTERS] for start in range(0, len(text), SAMPLE_CHARACTERS))
+            position = record.next_position
+    finally:
+        records.close()

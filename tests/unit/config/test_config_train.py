@@ -15,7 +15,6 @@ TEXT = """
 name = "demo"
 [model]
 preset = "nano"
-num_mtp_heads = 1
 [tokenizer]
 vocab_size = 1024
 [data]
@@ -98,6 +97,7 @@ def test_stages_take_rates_and_sources_from_the_run_unless_they_say(tmp_path: Pa
         ("checkpoint.keep=0", "above 0"),
         ("log.every_steps=0", "above 0"),
         ("threads=-1", "0 or more"),
+        ("device=gpu", "use auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, override: str, message: str) -> None:
@@ -117,7 +117,6 @@ def test_model_changes_are_applied(tmp_path: Path) -> None:
     config = ModelRecipe(
         folder=str(tmp_path),
         vocab_size=77,
-        num_mtp_heads=0,
         window_keys=5,
         sliding_sink=False,
         global_rope_theta=640e3,
@@ -128,7 +127,6 @@ def test_model_changes_are_applied(tmp_path: Path) -> None:
     nano = preset("nano")
     assert config == nano.replace(
         vocab_size=77,
-        num_mtp_heads=0,
         value_scale=0.0,
         init_std=0.006,
         max_positions=99,
