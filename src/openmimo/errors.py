@@ -38,6 +38,10 @@ class TaskError(MimoError, ValueError):
     """A task, domain or level that does not exist."""
 
 
+class TrainingError(MimoError, RuntimeError):
+    """A training run that cannot start or go on."""
+
+
 class RequestError(MimoError, ValueError):
     """A generation request with unusable options."""
 

@@ -22,10 +22,11 @@ DOMAINS = ("math", "code", "logic")
 
 
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Run folder; an earlier run in it is replaced.")] = Path("runs/demo"),
     recipe: Annotated[Path, typer.Option(help="Training recipe.")] = Path("recipes/demo.toml"),
     seed: Annotated[int, typer.Option(help="Seed of weights, data and problems.")] = 0,
     num: Annotated[int, typer.Option(help="Held-out problems per domain.")] = 200,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="Recipe overrides, such as stages.0.steps=100.")] = None,
 ) -> None:
     """Pre-train, fine-tune and examine a small model on this machine, in minutes."""
@@ -42,7 +43,7 @@ def demo_command(
     console.print(
         f"[bold]1. Training[/] {resolved.model.preset} from random weights: {', '.join(DOMAINS)} and source text"
     )
-    result = train(resolved, out)
+    result = train(resolved, out, resume=resume, overwrite=not resume)
     console.print(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s")
     reports, speed = _examine(console, result, seed=seed, num=num)
     plot = plot_run(out)

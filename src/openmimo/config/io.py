@@ -40,7 +40,12 @@ def read_model_config(preset_or_folder: str | Path) -> ModelConfig:
 def read_config_file(path: str | Path) -> ConfigFile:
     """Everything in a `config.json`, or in that of a folder, in either layout. Raises: ConfigError."""
     path = Path(path)
-    path = path / CONFIG_NAME if path.is_dir() else path
+    if path.is_dir():
+        path = path / CONFIG_NAME
+        if not path.exists():
+            raise ConfigError(
+                f"{str(path.parent)!r} has no {CONFIG_NAME}; give a checkpoint folder (of a run: its model/)"
+            )
     data = read_json_object(path, max_bytes=MAX_CONFIG_BYTES, error=ConfigError)
     try:
         return read_native(data) if detect_layout(data) == "native" else read_hub(data)

@@ -52,6 +52,8 @@ def open_regular(path: Path, *, error: type[MimoError] = CheckpointError) -> Bin
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as cause:
+        raise error(f"{str(path)!r} does not exist; check the path") from cause
     except (OSError, ValueError) as cause:
         raise error(f"cannot open {str(path)!r}: {cause}; check the path and its permissions") from cause
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

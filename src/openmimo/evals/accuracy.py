@@ -61,10 +61,13 @@ def evaluate_domains(
 
     All domains share one call of the engine, so that its rows stay full. `render` turns a problem's prompt into
     token ids; by default it becomes the user's turn of a chat.
-    Raises: TaskError for an unknown domain or level, RequestError if the engine has no tokenizer.
+    Raises: TaskError for an unknown domain or level, RequestError if the engine has no tokenizer
+    or there is nothing to answer.
     """
     if num_problems < 1:
         raise RequestError(f"num_problems={num_problems} must be at least 1")
+    if not domains:
+        raise RequestError(f"no domains; name some of {', '.join(tasks.domains())}")
     render = render or chat_renderer(engine)
     problems = {
         domain: [

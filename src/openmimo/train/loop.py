@@ -20,7 +20,7 @@ from openmimo.config.recipe import to_toml
 from openmimo.config.train import StageRecipe, TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.data.packing import Batch
-from openmimo.errors import MimoError
+from openmimo.errors import MimoError, TrainingError
 from openmimo.model import MiMoModel, replicate_mtp_head
 from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train import monitors
@@ -29,6 +29,7 @@ from openmimo.train.initial import initial_model
 from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.report import Reporter
+from openmimo.train.run_folder import forget_later_metrics, make_folder
 from openmimo.train.schedule import learning_rate
 from openmimo.train.state import Progress, load_progress, restore, save_progress
 from openmimo.train.step import StepResult, StepSettings, train_step
@@ -36,10 +37,6 @@ from openmimo.train.tokenizer import tokenizer_for
 
 # After this many updates in a row with a non-finite gradient the run stops instead of idling.
 MAX_SKIPPED_STEPS = 20
-
-
-class TrainingError(MimoError, RuntimeError):
-    """Training cannot go on."""
 
 
 class TrainingInterruptedError(MimoError, KeyboardInterrupt):
@@ -58,13 +55,22 @@ class TrainResult:
     seconds: float
 
 
-def train(recipe: TrainRecipe, run_dir: Path, *, resume: bool = False, reporter: Reporter | None = None) -> TrainResult:
+def train(
+    recipe: TrainRecipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> TrainResult:
     """Run a recipe from nothing or, with `resume`, from its newest intact checkpoint.
 
-    Writes recipe.toml, run.json, metrics.jsonl, checkpoints/ and model/ into `run_dir`.
-    Raises: TrainingError when gradients stay non-finite, TrainingInterruptedError after Ctrl-C (which saves first).
+    Writes recipe.toml, run.json, metrics.jsonl, checkpoints/ and model/ into `run_dir`. Checkpoints that an earlier run
+    left there are removed with `overwrite`.
+    Raises: TrainingError when gradients stay non-finite or the folder cannot be used, TrainingInterruptedError after
+    Ctrl-C (which saves first).
     """
-    run = _Run(recipe, run_dir, resume, reporter or Reporter())
+    run = _Run(recipe, run_dir, resume, overwrite, reporter or Reporter())
     with run.reporter, _interrupt_flag() as interrupted:
         return run.finish(interrupted)
 
@@ -72,17 +78,18 @@ def train(recipe: TrainRecipe, run_dir: Path, *, resume: bool = False, reporter:
 class _Run:
     """One run's parts; the order of work is in `finish`."""
 
-    def __init__(self, recipe: TrainRecipe, run_dir: Path, resume: bool, reporter: Reporter) -> None:
+    def __init__(self, recipe: TrainRecipe, run_dir: Path, resume: bool, overwrite: bool, reporter: Reporter) -> None:
         self.recipe, self.run_dir, self.reporter = recipe, run_dir, reporter
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         keep_freed_memory()
-        run_dir.mkdir(parents=True, exist_ok=True)
         self.fingerprint = hashlib.sha256(to_toml(recipe).encode()).hexdigest()
         self.device = pick_device(recipe.device)
         self.dtype = compute_dtype(recipe.precision, self.device)
         self.progress = Progress()
         saved = load_progress(run_dir, self.fingerprint) if resume else None
+        if saved is None:
+            make_folder(run_dir, overwrite)
         self.tokenizer = (
             Tokenizer.load(run_dir / "tokenizer") if saved else tokenizer_for(recipe, run_dir / "tokenizer")
         )
@@ -98,6 +105,7 @@ class _Run:
         if saved is not None:
             self.progress = saved[0]
             restore(self.model, self.optimizer, saved[1])
+            forget_later_metrics(run_dir / "metrics.jsonl", self.progress.step)
         else:
             self._write_start()
         self.peak_flops = monitors.matmul_peak(self.dtype, self.device)

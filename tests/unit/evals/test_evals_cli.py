@@ -64,6 +64,12 @@ def test_eval_prints_a_table_and_one_json_line(run_folder: Path) -> None:
     assert figures["math"]["num_problems"] == 2
 
 
+def test_eval_without_domains_is_refused(run_folder: Path) -> None:
+    """An empty table and status 0."""
+    with pytest.raises(RequestError, match="no domains; name some of math, code"):
+        invoke(eval_command, "--model", str(run_folder), "--domains", " , ")
+
+
 def test_chat_reads_lines_without_a_terminal(run_folder: Path) -> None:
     done = invoke(chat_command, "--model", str(run_folder), "--max-tokens", "4", text="hello\n/drafts off\nagain\n")
     assert done.exit_code == 0

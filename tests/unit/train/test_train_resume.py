@@ -15,8 +15,9 @@ import pytest
 
 from openmimo.config.recipe import load_recipe
 from openmimo.config.train import TrainRecipe
-from openmimo.errors import CheckpointError
+from openmimo.errors import CheckpointError, TrainingError
 from openmimo.train import loop
+from openmimo.train.run_folder import forget_later_metrics, make_folder
 
 RECIPE = """
 name = "kill"
@@ -95,6 +96,8 @@ def test_killed_at_five_random_points_ends_with_the_same_weights(recipe_path: Pa
         process.wait(60)
     assert start(recipe_path, killed, resume=True).wait(300) == 0
     assert weights_hash(killed) == weights_hash(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 27))
 
 
 def _has_reached(run_dir: Path, step: int) -> bool:
@@ -126,3 +129,27 @@ def test_resume_refuses_another_recipe(recipe_path: Path, tmp_path: Path) -> Non
     other = load_recipe(recipe_path, [*short, "optimizer.peak_lr=1e-3"], TrainRecipe)
     with pytest.raises(CheckpointError, match="another recipe"):
         loop.train(other, out, resume=True)
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path: Path) -> None:
+    """New checkpoints deleted as older than those of the run before, or a resume that takes those."""
+    run_dir = tmp_path / "run"
+    make_folder(run_dir, overwrite=False)
+    make_folder(run_dir, overwrite=False)  # a run that made no checkpoint is no hindrance
+    (run_dir / "checkpoints" / "step-00000500").mkdir(parents=True)
+    (run_dir / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingError, match=r"step-00000500; go on with --resume, replace it with --overwrite"):
+        make_folder(run_dir, overwrite=False)
+    make_folder(run_dir, overwrite=True)
+    assert [path.name for path in run_dir.rglob("*")] == ["checkpoints", "notes.txt"]
+    with pytest.raises(TrainingError, match="cannot write into"):
+        make_folder(run_dir / "notes.txt", overwrite=False)
+
+
+def test_metrics_behind_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    """Steps that stand in the curves twice after a kill, or half a line that breaks the plot."""
+    path = tmp_path / "metrics.jsonl"
+    forget_later_metrics(path, 3)
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 7)) + '{"step": 7, "lo')
+    forget_later_metrics(path, 4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
