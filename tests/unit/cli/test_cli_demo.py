@@ -1,0 +1,83 @@
+"""`openmimo demo` and `openmimo train` from the recipe of the repository, shortened to seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import openmimo.evals.speed
+from openmimo.cli.main import build_app
+from openmimo.config.recipe import load_recipe
+from openmimo.config.train import TrainRecipe
+from openmimo.engine import Engine
+from openmimo.errors import ConfigError, TrainingError
+from openmimo.evals.speed import SpeedReport
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "demo.toml"
+SHORT = [
+    "threads=1",
+    "tokenizer.train_documents=60",
+    "data.sequence_length=128",
+    "data.batch_sequences=2",
+    *(f"stages.{index}.steps=2" for index in range(3)),
+    "stages.0.warmup_steps=1",
+    "model.max_positions=512",
+]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(build_app(), list(arguments), catch_exceptions=False)
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Eight tokens each: a model after six steps never stops by itself."""
+    threads = torch.get_num_threads()
+    examine, measure = openmimo.evals.evaluate_domains, openmimo.evals.speed.measure_draft_speed
+
+    def brief(engine: Engine, prompts: list[list[int]], *, max_tokens: int) -> SpeedReport:
+        return measure(engine, prompts[:1], max_tokens=min(max_tokens, 8))
+
+    monkeypatch.setattr("openmimo.evals.evaluate_domains", partial(examine, max_tokens=8))
+    monkeypatch.setattr("openmimo.evals.speed.measure_draft_speed", brief)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_the_demo_runs_reports_and_may_run_again(tmp_path: Path) -> None:
+    """A step of the demo that is only run by hand, a report without the figures that the README names."""
+    out = tmp_path / "demo"
+    arguments = ("demo", "--recipe", str(RECIPE), "--out", str(out), "--num", "2")
+    done = invoke(*arguments, *SHORT)
+    assert done.exit_code == 0
+    assert "Talk to it:  openmimo chat --model" in done.output
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["domains"]) == set(report["acceptance_length"]) == {"math", "code", "logic"}
+    assert all(0 <= part["accuracy"] <= 1 for part in report["domains"].values())
+    assert all(1 <= length <= 4 for length in report["acceptance_length"].values())
+    assert isinstance(report["identical_output"], bool)
+    assert report["steps"] == 6
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(TrainingError, match="--overwrite"):
+        invoke("train", "pretrain", str(RECIPE), "--out", str(out), *SHORT)
+    assert invoke(*arguments, "--resume", *SHORT).exit_code == 0
+
+
+def test_the_resolved_recipe_is_printed_and_can_be_run(tmp_path: Path) -> None:
+    """An override that is lost, or a printed recipe that does not load."""
+    done = invoke("train", "pretrain", str(RECIPE), "--print-config", "stages.1.steps=7")
+    (tmp_path / "printed.toml").write_text(done.output)
+    assert load_recipe(tmp_path / "printed.toml", [], TrainRecipe).stages[1].steps == 7
+
+
+def test_sft_refuses_a_recipe_that_pretrains(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\['pretrain'\] are not of kind 'sft'"):
+        invoke("train", "sft", str(RECIPE), "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
