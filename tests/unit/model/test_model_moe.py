@@ -40,17 +40,21 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("sizes", [(12, 8), (10, 7)], ids=["whole 16 bytes", "any width"])
 @pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(1, 1, 4), (29, 3, 5), (700, 2, 3)])
-def test_experts_match_a_loop_with_gradients(routes: str, num_tokens: int, top_k: int, num_experts: int) -> None:
+def test_experts_match_a_loop_with_gradients(
+    routes: str, sizes: tuple[int, int], num_tokens: int, top_k: int, num_experts: int
+) -> None:
     """A dropped, doubled or misplaced token, few rows and rows padded to a multiple; stray weight gradients."""
     torch.manual_seed(num_tokens)
-    experts = make_experts(num_experts)
+    hidden, width = sizes
+    experts = make_experts(num_experts, hidden=hidden, width=width)
     chosen_Nk = ROUTES[routes](num_tokens, top_k, num_experts)
     x_ND, weights_Nk = (
-        torch.randn(num_tokens, 12, requires_grad=True),
+        torch.randn(num_tokens, hidden, requires_grad=True),
         torch.rand(num_tokens, top_k, requires_grad=True),
     )
-    direction_ND = torch.randn(num_tokens, 12)
+    direction_ND = torch.randn(num_tokens, hidden)
     y_ND, load_E = experts(x_ND, chosen_Nk, weights_Nk)
     (y_ND * direction_ND).sum().backward()
 
