@@ -34,7 +34,7 @@ class Limits:
     def measure(config: ModelConfig, weights: Weights) -> Limits:
         """Cost: about a second."""
         dtype = torch.float32 if weights == "float32" else torch.bfloat16
-        return Limits(config, weights, max(matmul_peak(dtype, size=size) for size in (512, 1024)))
+        return Limits(config, weights, matmul_peak(dtype))
 
     def prefill_tokens_per_s(self, num_tokens: int) -> float:
         return num_tokens * self.flops_per_s / prefill_flops(self.config, num_tokens)
