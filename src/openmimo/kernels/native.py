@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "csrc" / "training.cpp"
-ABI = 1
+SOURCES = Path(__file__).parent / "csrc"
+PRODUCTS = ("plain loops", "AVX-512 BF16", "AMX")
 
 # Reductions may be reordered so that they vectorise. -ffast-math would also change how the whole process rounds.
-COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 REORDER_FLAGS = ("-fno-signed-zeros", "-fassociative-math")
 # Tried in order: some compilers lack OpenMP, some do not know the processor.
 FLAG_SETS: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -51,8 +51,8 @@ def native_kernels() -> NativeKernels:
     except (OSError, BuildError) as error:
         warnings.warn(f"C++ kernels are not used: {error}", RuntimeWarning, stacklevel=2)
         return NativeKernels(None, str(error))
-    dots = "bf16 dot instructions" if library.openmimo_has_bf16_dot() else "no bf16 dot instructions"
-    return NativeKernels(library, f"built with {Path(compiler).name} {' '.join(flags)}; {dots}")
+    products = PRODUCTS[library.openmimo_product_kind()]
+    return NativeKernels(library, f"built with {Path(compiler).name} {' '.join(flags)}; products by {products}")
 
 
 class BuildError(Exception):
@@ -79,7 +79,9 @@ def build(
     Raises: BuildError with the compiler's message; OSError if no folder can be written.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    key = "\n".join((SOURCE.read_text(), compiler, version, _processor(), str(ABI)))
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    key = "\n".join((*(path.read_text() for path in files), compiler, version, _processor()))
+    sources = [str(path) for path in files if path.suffix == ".cpp"]
     folder = _writable(folder)
     message = ""
     for flags in flag_sets:
@@ -92,7 +94,7 @@ def build(
         os.close(handle)
         try:
             done = subprocess.run(
-                [*command, str(SOURCE), "-o", temporary], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
+                [*command, *sources, "-o", temporary], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
             )
             if done.returncode == 0:
                 Path(temporary).replace(target)
@@ -102,7 +104,7 @@ def build(
             message = f"{compiler} ran longer than {BUILD_TIMEOUT_S} s"
         finally:
             Path(temporary).unlink(missing_ok=True)
-    raise BuildError(f"{compiler} could not compile {SOURCE.name}: {message}")
+    raise BuildError(f"{compiler} could not compile the kernels: {message}")
 
 
 def _writable(folder: Path) -> Path:

@@ -143,7 +143,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         dim = x.shape[-1]
         y, scale = torch.empty_like(x), torch.empty(x.shape[:-1])
-        _call("norm_forward", x, weight, y, scale, x.numel() // dim, dim, eps, num_elements=x.numel())
+        _call("norm_forward", x, None, weight, None, y, scale, x.numel() // dim, dim, eps, num_elements=x.numel())
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -153,7 +153,7 @@ class _RMSNorm(torch.autograd.Function):
         dim, rows = x.shape[-1], scale.numel()
         grad_x = torch.empty_like(x)
         grad_weight = torch.empty(-(-rows // SLICE_ROWS), dim)
-        tensors = (x, weight, scale, grad.contiguous(), grad_x, grad_weight)
+        tensors = (x, weight, scale, grad.contiguous(), None, grad_x, grad_weight)
         _call("norm_backward", *tensors, rows, dim, SLICE_ROWS, num_elements=x.numel())
         return grad_x, grad_weight.sum(0).to(weight.dtype), None
 

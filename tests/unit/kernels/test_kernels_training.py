@@ -1,4 +1,4 @@
-"""The C++ training kernels against float64 written from the equations, with and without bf16 dot instructions.
+"""The C++ training kernels against float64 written from the equations, once per kind of matrix product.
 
 Bars are a few roundings to bf16 (2^-9 each) of the result's norm.
 """
@@ -24,19 +24,24 @@ TOLERANCE = 6e-3
 pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler on this machine")
 
 
-@pytest.fixture(params=["this processor", "any processor"])
+BUILDS = {"any processor": (), "AMX in software": ("-march=native", "-DOPENMIMO_EMULATE_AMX")}
+
+
+@pytest.fixture(params=["this processor", *BUILDS])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The library as built here, and once with no processor-specific flag: the plain loops."""
+    """The library as built here, once with no processor-specific flag, and once on tiles that software imitates."""
     if request.param == "this processor":
         assert native.native_kernels().library is not None, native.native_kernels().status
         yield
         return
     compiler = native.find_compiler()
     assert compiler is not None
-    path, _ = native.build(compiler, tmp_path_factory.getbasetemp() / "plain", ((),))
-    plain = native.NativeKernels(ctypes.CDLL(str(path)), "plain")
+    path, _ = native.build(compiler, tmp_path_factory.getbasetemp() / "kernels", (BUILDS[request.param],))
+    built = native.NativeKernels(ctypes.CDLL(str(path)), request.param)
+    assert built.library is not None
+    assert built.library.openmimo_product_kind() == (2 if "AMX" in request.param else 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "native_kernels", lambda: plain)
+        patch.setattr(kernels, "native_kernels", lambda: built)
         yield
 
 
@@ -214,7 +219,7 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_message(
     """Catches a broken build that leaves a half-written library behind or hides the compiler's words."""
     source = tmp_path / "broken.cpp"
     source.write_text("int f( {")
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
     compiler = native.find_compiler()
     assert compiler is not None
     with pytest.raises(native.BuildError, match=r"broken\.cpp"):

@@ -1,0 +1,254 @@
+// Sixteen floats at a time, bf16 <-> fp32 and exponentials: compiler vectors, with AVX-512 instructions where they help.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define OPENMIMO_AVX512 1
+#if defined(__AVX512BF16__)
+#define OPENMIMO_BF16_DOT 1
+#endif
+#endif
+
+namespace openmimo {
+
+using bf16 = uint16_t;
+constexpr int LANES = 16;
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <typename V, typename T>
+inline void store(T* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+inline f32x16 splat(float x) { return f32x16{} + x; }
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// ---------------------------------------------------------------- bf16
+
+inline float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// Round to nearest, ties to even.
+inline bf16 to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <typename F, typename U>
+inline U rounded_bits(F x) {
+  const U bits = (U)x;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+inline f32x16 load_bf16(const bf16* from) {
+  return (f32x16)(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
+}
+
+inline f32x8 load_bf16_8(const bf16* from) {
+  return (f32x8)(__builtin_convertvector(load<u16x8>(from), u32x8) << 16);
+}
+
+inline void store_bf16(bf16* to, f32x16 x) {
+#ifdef OPENMIMO_BF16_DOT
+  store(to, _mm512_cvtneps_pbh((__m512)x));
+#else
+  store(to, __builtin_convertvector(rounded_bits<f32x16, u32x16>(x) >> 16, u16x16));
+#endif
+}
+
+inline void store_bf16_8(bf16* to, f32x8 x) {
+#ifdef OPENMIMO_BF16_DOT
+  store(to, _mm256_cvtneps_pbh((__m256)x));
+#else
+  store(to, __builtin_convertvector(rounded_bits<f32x8, u32x8>(x) >> 16, u16x8));
+#endif
+}
+
+// What storing as bf16 and loading again would give.
+inline f32x16 rounded(f32x16 x) {
+#ifdef OPENMIMO_BF16_DOT
+  return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+#else
+  return (f32x16)(rounded_bits<f32x16, u32x16>(x) & 0xffff0000u);
+#endif
+}
+
+// The first `count` lanes; the others read as 0 and are not written.
+inline f32x16 load_bf16_part(const bf16* from, int64_t count) {
+  bf16 padded[LANES] = {};
+  std::memcpy(padded, from, count * sizeof(bf16));
+  return load_bf16(padded);
+}
+
+inline void store_bf16_part(bf16* to, f32x16 x, int64_t count) {
+  bf16 padded[LANES];
+  store_bf16(padded, x);
+  std::memcpy(to, padded, count * sizeof(bf16));
+}
+
+// Lane i becomes the pair (low[i], high[i]) of bf16, low in the lower half.
+inline u32x16 pair(f32x16 low, f32x16 high) {
+#ifdef OPENMIMO_BF16_DOT
+  alignas(64) static constexpr uint16_t interleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (u32x16)_mm512_permutexvar_epi16(_mm512_load_si512(interleave), both);
+#else
+  return (rounded_bits<f32x16, u32x16>(low) >> 16) | (rounded_bits<f32x16, u32x16>(high) & 0xffff0000u);
+#endif
+}
+
+// The same from two rows of bf16.
+inline u32x16 pair_rows(const bf16* low, const bf16* high) {
+  return __builtin_convertvector(load<u16x16>(low), u32x16) |
+         (__builtin_convertvector(load<u16x16>(high), u32x16) << 16);
+}
+
+// ---------------------------------------------------------------- arithmetic
+
+inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
+#ifdef OPENMIMO_AVX512
+  return (f32x16)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)no, (__m512)yes);
+#else
+  return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
+#endif
+}
+
+inline f32x16 maximum(f32x16 a, f32x16 b) {
+#ifdef OPENMIMO_AVX512
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return select((i32x16)(a > b), a, b);
+#endif
+}
+
+inline f32x16 minimum(f32x16 a, f32x16 b) {
+#ifdef OPENMIMO_AVX512
+  return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return select((i32x16)(a < b), a, b);
+#endif
+}
+
+inline float sum_of(f32x16 x) {
+#ifdef OPENMIMO_AVX512
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = x[i] + x[i + 8];
+  for (int step = 4; step; step /= 2)
+    for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
+  return sums[0];
+#endif
+}
+
+inline float max_of(f32x16 x) {
+  float top = x[0];
+  for (int i = 1; i < LANES; ++i) top = std::max(top, x[i]);
+  return top;
+}
+
+// 2^x with a relative error below 2e-7 where that is a normal number below 2^127; 0 far below.
+inline f32x16 exp2_of(f32x16 x) {
+#ifdef OPENMIMO_AVX512
+  const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32x16 r = x - whole;
+#else
+  x = minimum(maximum(x, splat(-127.0f)), splat(127.0f));
+  const i32x16 exponent = __builtin_convertvector(x + select((i32x16)(x < 0.0f), splat(-0.5f), splat(0.5f)), i32x16);
+  const f32x16 r = x - __builtin_convertvector(exponent, f32x16);
+#endif
+  f32x16 p = splat(1.327647129e-3f);
+  p = p * r + 9.675540961e-3f;
+  p = p * r + 5.550713092e-2f;
+  p = p * r + 2.402212024e-1f;
+  p = p * r + 6.931469440e-1f;
+  p = p * r + 1.0f;
+#ifdef OPENMIMO_AVX512
+  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  return p * (f32x16)((exponent + 127) << 23);
+#endif
+}
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LN2 = 0.69314718055994531f;
+
+inline f32x16 sigmoid(f32x16 x) {
+  return 1.0f / (1.0f + exp2_of(minimum(maximum(x * -LOG2E, splat(-126.0f)), splat(126.0f))));
+}
+
+// ---------------------------------------------------------------- layout
+
+// 16 x 16 words, rows `from_stride` apart -> transposed, rows `to_stride` apart.
+inline void transpose_16(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+#ifdef OPENMIMO_AVX512
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int half = 0; half < 16; half += 8)
+    for (int i = 0; i < 4; ++i) {
+      b[half + i] = _mm512_shuffle_i32x4(a[half + i], a[half + 4 + i], 0x88);
+      b[half + 4 + i] = _mm512_shuffle_i32x4(a[half + i], a[half + 4 + i], 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
+    _mm512_storeu_si512(to + (8 + i) * to_stride, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
+  }
+#else
+  uint32_t block[16][16];
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) block[j][i] = from[i * from_stride + j];
+  for (int j = 0; j < 16; ++j) std::memcpy(to + j * to_stride, block[j], 64);
+#endif
+}
+
+// 64-byte aligned memory. Not cleared.
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : data(static_cast<T*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(T), 64)))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() { return data; }
+  T* data;
+};
+
+}  // namespace openmimo
