@@ -32,7 +32,7 @@ def available(dtype: torch.dtype, device: torch.device) -> bool:
     return native_kernels().library is not None
 
 
-def _call(name: str, *arguments: Tensor | float | int | None, num_elements: int) -> None:
+def call(name: str, *arguments: Tensor | float | int | None, num_elements: int) -> None:
     """Call a kernel: tensors as addresses, ints as int64, floats as float, the number of threads last."""
     library = native_kernels().library
     assert library is not None
@@ -119,7 +119,7 @@ class _Attention(torch.autograd.Function):
         lse = torch.empty(batch, shape.num_heads, num_tokens)
         ctx.sizes = (batch, num_tokens, shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, shape.v_head_dim)
         ctx.sizes += (shape.rotary_half, shape.qk_head_dim**-0.5, value_scale)
-        _call("attention_forward", qkv, cos, sin, first_key, sink, out, lse, *ctx.sizes, num_elements=1 << 20)
+        call("attention_forward", qkv, cos, sin, first_key, sink, out, lse, *ctx.sizes, num_elements=1 << 20)
         ctx.save_for_backward(qkv, cos, sin, first_key, sink, out, lse)
         return out
 
@@ -129,7 +129,7 @@ class _Attention(torch.autograd.Function):
         grad_qkv = torch.empty_like(qkv)
         grad_sink = torch.empty(lse.shape[:2])
         tensors = (qkv, cos, sin, first_key, sink, out, lse, grad.contiguous(), grad_qkv, grad_sink)
-        _call("attention_backward", *tensors, *ctx.sizes, num_elements=1 << 20)
+        call("attention_backward", *tensors, *ctx.sizes, num_elements=1 << 20)
         return grad_qkv, None, None, None, None if sink is None else grad_sink.sum(0), None, None
 
 
@@ -143,7 +143,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         dim = x.shape[-1]
         y, scale = torch.empty_like(x), torch.empty(x.shape[:-1])
-        _call("norm_forward", x, None, weight, None, y, scale, x.numel() // dim, dim, eps, num_elements=x.numel())
+        call("norm_forward", x, None, weight, None, y, scale, x.numel() // dim, dim, eps, num_elements=x.numel())
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -154,7 +154,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_weight = torch.empty(-(-rows // SLICE_ROWS), dim)
         tensors = (x, weight, scale, grad.contiguous(), None, grad_x, grad_weight)
-        _call("norm_backward", *tensors, rows, dim, SLICE_ROWS, num_elements=x.numel())
+        call("norm_backward", *tensors, rows, dim, SLICE_ROWS, num_elements=x.numel())
         return grad_x, grad_weight.sum(0).to(weight.dtype), None
 
 
@@ -168,7 +168,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
-        _call("swiglu_forward", gate_up, out, gate_up.numel() // (2 * width), width, num_elements=gate_up.numel())
+        call("swiglu_forward", gate_up, out, gate_up.numel() // (2 * width), width, num_elements=gate_up.numel())
         ctx.save_for_backward(gate_up)
         return out
 
@@ -178,61 +178,13 @@ class _SwiGLU(torch.autograd.Function):
         width = gate_up.shape[-1] // 2
         out = torch.empty_like(gate_up)
         sizes = (gate_up.numel() // (2 * width), width)
-        _call("swiglu_backward", gate_up, grad.contiguous(), out, *sizes, num_elements=gate_up.numel())
+        call("swiglu_backward", gate_up, grad.contiguous(), out, *sizes, num_elements=gate_up.numel())
         return out
-
-
-def dispatch(x_ND: Tensor, place_M: Tensor, num_rows: int) -> Tensor:
-    """Copy row n to the rows place[n*k] .. place[n*k + k - 1] of a zero tensor. Shapes: -> (num_rows, D)."""
-    return _Dispatch.apply(x_ND.contiguous(), place_M, num_rows)  # type: ignore[no-any-return]
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, place_M: Tensor, num_rows: int) -> Tensor:
-        rows, dim = x_ND.shape
-        ctx.save_for_backward(place_M)
-        ctx.sizes = (rows, place_M.shape[0] // rows, dim)
-        out = x_ND.new_zeros(num_rows, dim)
-        _call("scatter_rows", x_ND, place_M, out, *ctx.sizes, num_elements=place_M.shape[0] * dim)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (place_M,) = ctx.saved_tensors
-        rows, _, dim = ctx.sizes
-        out = grad.new_empty(rows, dim)
-        _call("gather_sum", grad.contiguous(), place_M, None, out, *ctx.sizes, num_elements=place_M.shape[0] * dim)
-        return out, None, None
-
-
-def combine(y_PD: Tensor, place_M: Tensor, weights_Nk: Tensor) -> Tensor:
-    """Sum over a token's choices of weight times its row of y, in fp32. Shapes: -> (N, D)."""
-    return _Combine.apply(y_PD.contiguous(), place_M, weights_Nk.float().contiguous())  # type: ignore[no-any-return]
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, place_M: Tensor, weights_Nk: Tensor) -> Tensor:
-        ctx.save_for_backward(y_PD, place_M, weights_Nk)
-        rows, choices = weights_Nk.shape
-        out = y_PD.new_empty(rows, y_PD.shape[1])
-        sizes = (rows, choices, y_PD.shape[1])
-        _call("gather_sum", y_PD, place_M, weights_Nk, out, *sizes, num_elements=y_PD.numel())
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
-        y_PD, place_M, weights_Nk = ctx.saved_tensors
-        grad_y, grad_weights = torch.zeros_like(y_PD), torch.empty_like(weights_Nk)
-        tensors = (y_PD, place_M, weights_Nk, grad.contiguous(), grad_y, grad_weights)
-        _call("gather_sum_backward", *tensors, *weights_Nk.shape, y_PD.shape[1], num_elements=y_PD.numel())
-        return grad_y, None, grad_weights
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
     """Replace logits by the gradient of weight * -log softmax[target]; returns the weighted losses (N,), fp32."""
     rows, vocabulary = logits_NV.shape
     losses_N = torch.empty(rows)
-    _call("cross_entropy", logits_NV, targets_N, weights_N, losses_N, rows, vocabulary, num_elements=1 << 20)
+    call("cross_entropy", logits_NV, targets_N, weights_N, losses_N, rows, vocabulary, num_elements=1 << 20)
     return losses_N

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from openmimo.config.model import MoEConfig
 from openmimo.kernels import training as kernels
+from openmimo.kernels.experts import experts as fused_experts
+from openmimo.kernels.experts import experts_usable
 
 
 class DenseMLP(nn.Module):
@@ -109,16 +111,14 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
         """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
+        if experts_usable(x_ND, self.down_proj):
+            return fused_experts(x_ND, experts_Nk, weights_Nk, self.gate_up_proj, self.down_proj)
         top_k = experts_Nk.shape[1]
         place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, self.num_experts)
-        fused = kernels.usable(x_ND)
         num_rows = place_M.shape[0] + (_row_multiple(place_M.shape[0], self.num_experts) - 1) * self.num_experts
-        dispatch = kernels.dispatch if fused else _Dispatch.apply
-        x_PD = dispatch(x_ND, place_M, num_rows)
+        x_PD: Tensor = _Dispatch.apply(x_ND, place_M, num_rows)  # type: ignore[assignment]
         hidden_PF = swiglu(grouped_product(x_PD, self.gate_up_proj.transpose(1, 2), ends_E))
         y_PD = grouped_product(hidden_PF, self.down_proj.transpose(1, 2), ends_E)
-        if fused:
-            return kernels.combine(y_PD, place_M, weights_Nk), tokens_per_expert_E
         y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
         y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
         return y_ND, tokens_per_expert_E

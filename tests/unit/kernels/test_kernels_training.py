@@ -18,6 +18,7 @@ from torch import Tensor
 from openmimo.errors import ShapeError
 from openmimo.kernels import native
 from openmimo.kernels import training as kernels
+from openmimo.kernels.experts import experts
 
 TOLERANCE = 6e-3
 
@@ -160,28 +161,47 @@ def test_norm_and_swiglu_match_float64(rows: int, dim: int) -> None:
 
 
 @pytest.mark.usefixtures("library")
-def test_dispatch_and_combine_match_indexing() -> None:
-    """Catches a row in the wrong place and gradients that miss a copy."""
-    generator = torch.Generator().manual_seed(1)
-    place = torch.randperm(40, generator=generator)[:30]
-    x = torch.randn(10, 24, generator=generator).bfloat16().requires_grad_()
-    spread = kernels.dispatch(x, place, 40)
-    expected = torch.zeros(40, 24, dtype=torch.bfloat16).index_copy(0, place, x.detach().repeat_interleave(3, 0))
-    assert torch.equal(spread, expected)
-    upstream = torch.randn(40, 24, generator=generator).bfloat16()
-    spread.backward(upstream)
-    assert relative_error(x.grad, upstream.double()[place].view(10, 3, 24).sum(1)) < TOLERANCE
+@pytest.mark.parametrize(
+    ("tokens", "choices", "num_experts", "hidden", "width"),
+    [(700, 2, 3, 64, 32), (5, 3, 8, 32, 96), (130, 1, 1, 96, 160), (1300, 2, 2, 32, 32)],
+)
+def test_experts_match_float64(tokens: int, choices: int, num_experts: int, hidden: int, width: int) -> None:
+    """Catches rows at the wrong expert or token, lost blocks, a wrong weight; experts without tokens get gradient 0."""
+    generator = torch.Generator().manual_seed(tokens)
 
-    y = torch.randn(40, 24, generator=generator).bfloat16().requires_grad_()
-    weights = torch.rand(10, 3, generator=generator).requires_grad_()
-    y64, weights64 = (t.detach().double().requires_grad_() for t in (y, weights))
-    out = kernels.combine(y, place, weights)
-    out64 = (y64[place].view(10, 3, 24) * weights64[..., None]).sum(1)
-    out.backward(upstream[:10])
-    out64.backward(upstream[:10].double())
-    assert relative_error(out, out64) < TOLERANCE
-    assert relative_error(y.grad, y64.grad) < TOLERANCE
-    assert relative_error(weights.grad, weights64.grad) < TOLERANCE
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().requires_grad_()
+
+    x, gate_up, down = (
+        normal(tokens, hidden),
+        normal(num_experts, 2 * width, hidden),
+        normal(num_experts, hidden, width),
+    )
+    # Uneven loads: the first experts are chosen most.
+    chance = torch.tensor([0.5**i for i in range(num_experts)]).expand(tokens, -1)
+    chosen = chance.multinomial(choices, generator=generator)
+    weights = torch.rand(tokens, choices, generator=generator).requires_grad_()
+    out, load = experts(x, chosen, weights, gate_up, down)
+    upstream = torch.randn(out.shape, generator=generator).bfloat16()
+    out.backward(upstream)
+
+    x64, gate_up64, down64, weights64 = (t.detach().double().requires_grad_() for t in (x, gate_up, down, weights))
+    gate, up = torch.einsum("nd,nkfd->nkf", x64, gate_up64[chosen]).chunk(2, -1)
+    each = torch.einsum("nkf,nkdf->nkd", F.silu(gate) * up, down64[chosen])
+    out64 = (each * weights64[..., None]).sum(1)
+    out64.backward(upstream.double())
+    assert torch.equal(load, chosen.flatten().bincount(minlength=num_experts))
+    for found, expected in (
+        (out, out64),
+        *(
+            (a.grad, b.grad)
+            for a, b in zip((x, gate_up, down, weights), (x64, gate_up64, down64, weights64), strict=True)
+        ),
+    ):
+        assert relative_error(found, expected) < TOLERANCE
+    unused = load == 0
+    assert gate_up.grad is not None
+    assert not gate_up.grad[unused].any()
 
 
 @pytest.mark.usefixtures("library")

@@ -9,7 +9,7 @@
 
 #include <climits>
 
-#include "product.h"
+#include "matrix.h"
 
 namespace openmimo {
 
@@ -65,46 +65,6 @@ inline void scale_row(const T* x, int64_t count, float scale, bf16* out) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store_bf16(out + i, load_16(x + i) * scale);
   for (; i < count; ++i) out[i] = to_bf16(load_1(x + i) * scale);
-}
-
-inline void clear(bf16* from, int64_t count) { std::memset(from, 0, count * sizeof(bf16)); }
-
-// (rows x dim) bf16, rows a multiple of 16 -> (dim / 2 x rows) pairs of neighbouring dims, rows `stride` apart.
-inline void pairs_across(const bf16* from, int64_t rows, int64_t dim, uint32_t* to, int64_t stride) {
-  for (int64_t r = 0; r < rows; r += 16)
-    for (int64_t p = 0; p < dim / 2; p += 16) {
-      uint32_t words[16 * 16];
-      const bool whole = p + 16 <= dim / 2;
-      if (!whole)
-        for (int64_t i = 0; i < 16; ++i) std::memcpy(words + 16 * i, from + (r + i) * dim + 2 * p, 2 * (dim - 2 * p));
-      uint32_t turned[16 * 16];
-      const uint32_t* source = whole ? reinterpret_cast<const uint32_t*>(from + r * dim + 2 * p) : words;
-      const int64_t apart = whole ? dim / 2 : 16;
-      if (whole) {
-        transpose_16(source, apart, to + p * stride + r, stride);
-      } else {
-        transpose_16(source, apart, turned, 16);
-        for (int64_t i = 0; i < dim / 2 - p; ++i) std::memcpy(to + (p + i) * stride + r, turned + 16 * i, 64);
-      }
-    }
-}
-
-// (rows x dim) bf16 -> (rows / 2 x dim) pairs of neighbouring rows.
-inline void pairs_down(const bf16* from, int64_t rows, int64_t dim, uint32_t* to) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t i = 0; i < dim; i += LANES)
-      store(to + r / 2 * dim + i, pair_rows(from + r * dim + i, from + (r + 1) * dim + i));
-}
-
-// (rows x dim) bf16, rows a multiple of 32 -> (dim x rows), rows `stride` apart.
-inline void transpose_rows(const bf16* from, int64_t rows, int64_t dim, bf16* to, int64_t stride) {
-  alignas(64) uint32_t pairs[16 * 16];
-  for (int64_t r = 0; r < rows; r += 32)
-    for (int64_t i = 0; i < dim; i += 16) {
-      for (int64_t p = 0; p < 16; ++p)
-        store(pairs + 16 * p, pair_rows(from + (r + 2 * p) * dim + i, from + (r + 2 * p + 1) * dim + i));
-      transpose_16(pairs, 16, reinterpret_cast<uint32_t*>(to + i * stride + r), stride / 2);
-    }
 }
 
 // One key/value head of one sequence as bf16 rows: rotated keys (keys_padded x qk_padded), scaled values.

@@ -3,8 +3,6 @@
 // Suffixes in comments: N rows, D columns, F expert width, V vocabulary. Rows may have any length: whole registers first,
 // then one that is filled up.
 
-#include <vector>
-
 #include "vector.h"
 
 namespace openmimo {
@@ -112,53 +110,6 @@ void openmimo_swiglu_backward(const bf16* gate_up, const bf16* grad, bf16* grad_
       write(to + width + i, d * g * sg, count);
     });
   }
-}
-
-// out[place[n*k + j]] = x[n] for every choice j of row n; other rows of out are untouched.
-void openmimo_scatter_rows(const bf16* x, const int64_t* place, bf16* out, int64_t rows, int64_t choices, int64_t dim,
-                           int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < rows; ++n)
-    for (int64_t j = 0; j < choices; ++j)
-      std::memcpy(out + place[n * choices + j] * dim, x + n * dim, dim * sizeof(bf16));
-}
-
-// out[n] = sum_j weight[n, j] * y[place[n*k + j]]; weights of null are 1.
-void openmimo_gather_sum(const bf16* y, const int64_t* place, const float* weight, bf16* out, int64_t rows,
-                         int64_t choices, int64_t dim, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> sums(dim);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < rows; ++n) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t j = 0; j < choices; ++j) {
-        const bf16* from = y + place[n * choices + j] * dim;
-        const float w = weight ? weight[n * choices + j] : 1.0f;
-        for (int64_t i = 0; i < dim; ++i) sums[i] += w * to_float(from[i]);
-      }
-      for (int64_t i = 0; i < dim; ++i) out[n * dim + i] = to_bf16(sums[i]);
-    }
-  }
-}
-
-// Gradients of openmimo_gather_sum: grad_y[place] = weight * grad, grad_weight = <grad, y[place]>.
-void openmimo_gather_sum_backward(const bf16* y, const int64_t* place, const float* weight, const bf16* grad,
-                                  bf16* grad_y, float* grad_weight, int64_t rows, int64_t choices, int64_t dim,
-                                  int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < rows; ++n)
-    for (int64_t j = 0; j < choices; ++j) {
-      const int64_t at = place[n * choices + j] * dim;
-      const float w = weight[n * choices + j];
-      float sum = 0.0f;
-      for (int64_t i = 0; i < dim; ++i) {
-        const float g = to_float(grad[n * dim + i]);
-        grad_y[at + i] = to_bf16(w * g);
-        sum += g * to_float(y[at + i]);
-      }
-      grad_weight[n * choices + j] = sum;
-    }
 }
 
 // logits (N, V) become the gradient of weight[n] * -log softmax[target]; loss (N) gets the weighted losses.
