@@ -5,10 +5,13 @@ The model is cast once per step, when the new weights are written back, not in e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from openmimo.kernels import optimizer as kernels
 
 
 class MasterAdamW:
@@ -32,8 +35,6 @@ class MasterAdamW:
         self.parameters = [p for _, p in named]
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.parameters]
         self.grad_clip = grad_clip
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
         decayed = [m for m in self.masters if m.ndim >= 2]
         plain = [m for m in self.masters if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -43,26 +44,49 @@ class MasterAdamW:
     def step(self, learning_rate: float) -> float:
         """One update; returns the gradient norm before clipping. Does nothing when that norm is not finite."""
         present = [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
-        absent = [m for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is None]
+        if present and kernels.adamw_usable([t for _, p in present for t in (p, p.grad) if t is not None]):
+            return self._step_fused(present, learning_rate)
         for master, parameter in present:
-            assert master.grad is not None
             assert parameter.grad is not None
-            master.grad.copy_(parameter.grad)
+            master.grad = parameter.grad.to(master.dtype, copy=True)
         norm = nn.utils.get_total_norm([m.grad for m, _ in present if m.grad is not None])
-        if not bool(torch.isfinite(norm)):
-            return float(norm)
-        nn.utils.clip_grads_with_norm_([m for m, _ in present], self.grad_clip, norm)
-        saved = [m.grad for m in absent]
-        for master in absent:
+        if bool(torch.isfinite(norm)):
+            nn.utils.clip_grads_with_norm_([m for m, _ in present], self.grad_clip, norm)
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate
+            self.adamw.step()
+            for master, parameter in present:
+                parameter.copy_(master)
+        for master, _ in present:
             master.grad = None
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        for master, grad in zip(absent, saved, strict=True):
-            master.grad = grad
-        for master, parameter in present:
-            parameter.copy_(master)
         return float(norm)
+
+    def _step_fused(self, present: list[tuple[Tensor, nn.Parameter]], learning_rate: float) -> float:
+        """The same on the C++ kernels. Moments live in the state of `self.adamw` either way."""
+        decay = {id(m): float(g["weight_decay"]) for g in self.adamw.param_groups for m in g["params"]}
+        slots: list[kernels.Slot] = []
+        for master, parameter in present:
+            state = self.adamw.state[master] or {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+            assert parameter.grad is not None
+            moments = (state["exp_avg"], state["exp_avg_sq"])
+            updates = int(state["step"]) + 1
+            slots.append(kernels.Slot(parameter, parameter.grad, master, *moments, updates, decay[id(master)]))
+        norm = kernels.gradient_norm(slots)
+        if not math.isfinite(norm):
+            return norm
+        group = self.adamw.param_groups[0]
+        factor = min(1.0, self.grad_clip / (norm + 1e-6))
+        kernels.adamw_update(
+            slots, learning_rate=learning_rate, grad_factor=factor, betas=group["betas"], eps=group["eps"]
+        )
+        for slot in slots:
+            step = torch.tensor(float(slot.num_updates))
+            self.adamw.state[slot.master] = {"step": step, "exp_avg": slot.first, "exp_avg_sq": slot.second}
+        return norm
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:

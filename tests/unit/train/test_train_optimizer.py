@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from openmimo.config.model import preset
+from openmimo.kernels import optimizer as kernels
 from openmimo.model import build_model
 from openmimo.train.monitors import expert_load, num_zeros
 from openmimo.train.optimizer import MasterAdamW
@@ -19,8 +20,11 @@ from openmimo.train.step import StepSettings, train_step
 SETTINGS = StepSettings(num_mtp_heads=1, mtp_weight=0.3, balance_weight=1e-5, bias_update_rate=1e-3)
 
 
-def test_fp32_step_equals_torch_adamw_with_clipping() -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_fp32_step_equals_torch_adamw_with_clipping(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a missing clip, decay on the wrong parameters, and masters that drift from the model."""
+    if not native:
+        monkeypatch.setattr(kernels, "adamw_usable", lambda tensors: False)
     torch.manual_seed(0)
     ours, theirs = nn.Linear(6, 5), nn.Linear(6, 5)
     theirs.load_state_dict(ours.state_dict())
@@ -40,6 +44,30 @@ def test_fp32_step_equals_torch_adamw_with_clipping() -> None:
         reference.step()
     assert torch.allclose(ours.weight, theirs.weight, atol=1e-7)
     assert torch.allclose(ours.bias, theirs.bias, atol=1e-7)
+
+
+def test_bf16_update_matches_float64() -> None:
+    """Catches a wrong moment, bias correction or rounding, entries behind the last whole register, and a lost step."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((17,), (3, 40), (5, 4001))
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]
+    optimizer = MasterAdamW([(str(i), p) for i, p in enumerate(parameters)], weight_decay=0.1, grad_clip=1e9)
+    expected = [nn.Parameter(p.detach().double()) for p in parameters]
+    groups = [{"params": expected[1:], "weight_decay": 0.1}, {"params": expected[:1], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=0.02, betas=(0.9, 0.95))
+    for step in range(3):
+        for index, (parameter, twin) in enumerate(zip(parameters, expected, strict=True)):
+            if index == 1 and step == 1:
+                parameter.grad = twin.grad = None
+                continue
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+            twin.grad = parameter.grad.double()
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None))
+        assert optimizer.step(0.02) == pytest.approx(norm, rel=1e-6)
+        reference.step()
+    for master, parameter, twin in zip(optimizer.masters, parameters, expected, strict=True):
+        torch.testing.assert_close(master.detach().double(), twin.detach(), rtol=0, atol=2e-6)
+        assert torch.equal(parameter, master.bfloat16())
 
 
 def test_bf16_weights_follow_fp32_masters() -> None:

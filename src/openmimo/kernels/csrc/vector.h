@@ -157,6 +157,15 @@ inline f32x16 minimum(f32x16 a, f32x16 b) {
 #endif
 }
 
+inline f32x16 square_root(f32x16 x) {
+#ifdef OPENMIMO_AVX512
+  return (f32x16)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < LANES; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 inline float sum_of(f32x16 x) {
 #ifdef OPENMIMO_AVX512
   return _mm512_reduce_add_ps((__m512)x);
