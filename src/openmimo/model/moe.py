@@ -15,6 +15,7 @@ from openmimo.config.model import MoEConfig
 from openmimo.kernels import training as kernels
 from openmimo.kernels.experts import experts as fused_experts
 from openmimo.kernels.experts import experts_usable
+from openmimo.kernels.router import route, router_usable
 
 
 class DenseMLP(nn.Module):
@@ -83,6 +84,17 @@ class Router(nn.Module):
         Replayed experts get their weights from the full scores of this pass, so the router receives a gradient
         for each of them even where it would have chosen others.
         """
+        if router_usable(x_ND, self.weight):
+            scores_NE, experts_Nk, weights_Nk = route(
+                x_ND,
+                self.weight,
+                self.e_score_correction_bias,
+                replay_Nk,
+                num_choices=self.config.num_experts_per_token,
+                normalize=self.config.normalize_weights,
+                scaling=self.config.routed_scaling,
+            )
+            return Routing(scores_NE, experts_Nk, weights_Nk)
         scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.weight.float()))
         if replay_Nk is None:
             choice_NE = scores_NE.detach() + self.e_score_correction_bias
@@ -222,7 +234,10 @@ def sequence_balance_loss(scores_BTE: Tensor, experts_BTk: Tensor) -> Tensor:
     """
     num_experts = scores_BTE.shape[-1]
     share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
-    chosen_BE = F.one_hot(experts_BTk.flatten(1), num_experts).float().mean(1) * num_experts
+    choices_BM = experts_BTk.flatten(1)
+    counts_BE = scores_BTE.new_zeros(choices_BM.shape[0], num_experts)
+    counts_BE.scatter_add_(1, choices_BM, torch.ones_like(choices_BM, dtype=counts_BE.dtype))
+    chosen_BE = counts_BE * (num_experts / choices_BM.shape[1])
     return (chosen_BE * share_BTE.mean(1)).sum(-1).mean()
 
 

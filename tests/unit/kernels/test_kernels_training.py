@@ -19,6 +19,7 @@ from openmimo.errors import ShapeError
 from openmimo.kernels import native
 from openmimo.kernels import training as kernels
 from openmimo.kernels.experts import experts
+from openmimo.kernels.router import route
 
 TOLERANCE = 6e-3
 
@@ -202,6 +203,36 @@ def test_experts_match_float64(tokens: int, choices: int, num_experts: int, hidd
     unused = load == 0
     assert gate_up.grad is not None
     assert not gate_up.grad[unused].any()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "num_experts", "choices", "normalize"), [(1100, 48, 21, 3, True), (3, 16, 5, 1, False)]
+)
+def test_router_matches_float64(
+    tokens: int, hidden: int, num_experts: int, choices: int, normalize: bool, replayed: bool
+) -> None:
+    """Catches bias in the weights, a wrong choice, and a gradient that misses the scores, the weights or a slice."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(num_experts, hidden, generator=generator) / 4).requires_grad_()
+    bias = torch.randn(num_experts, generator=generator) / 10
+    replay = torch.rand(tokens, num_experts, generator=generator).topk(choices).indices if replayed else None
+    found = route(x, weight, bias, replay, num_choices=choices, normalize=normalize, scaling=2.5)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    scores = (x64 @ weight64.T).sigmoid()
+    chosen = (scores.detach() + bias).topk(choices).indices if replay is None else replay
+    weights = scores.gather(1, chosen)
+    weights = 2.5 * (weights / weights.sum(-1, keepdim=True) if normalize else weights)
+    assert torch.equal(found[1], chosen)
+    assert relative_error(found[0], scores) < 1e-6
+    assert relative_error(found[2], weights) < 1e-6
+    upstream = [torch.randn(t.shape, generator=generator) for t in (scores, weights)]
+    sum(((a * b).sum() for a, b in zip((found[0], found[2]), upstream, strict=True)), torch.zeros(())).backward()
+    sum(((a * b).sum() for a, b in zip((scores, weights), upstream, strict=True)), torch.zeros(())).backward()
+    assert relative_error(x.grad, x64.grad) < TOLERANCE
+    assert relative_error(weight.grad, weight64.grad) < 1e-5
 
 
 @pytest.mark.usefixtures("library")
