@@ -21,6 +21,7 @@ from common import describe_machine, in_turns, matmul_peak, print_result, print_
 from openmimo.config.cost import training_flops
 from openmimo.config.model import AttentionKind, ModelConfig, preset
 from openmimo.model import build_model
+from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.step import StepSettings, train_step
 
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--mtp-heads", type=int, default=0, help="MTP heads that our side trains in addition")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the training loop does; both sides gain
     torch.manual_seed(0)
 
     config = preset(options.preset).replace(num_mtp_heads=options.mtp_heads)

@@ -135,27 +135,40 @@ class _Attention(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in fp32 over the last dim, rounded, times the weight."""
-    return _RMSNorm.apply(x.contiguous(), weight_D, eps)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x.contiguous(), None, weight_D, eps)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and its `rms_norm`, in one pass; backward too."""
+    return _RMSNorm.apply(x.contiguous(), added.contiguous(), weight_D, eps)  # type: ignore[no-any-return]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Any:
         dim = x.shape[-1]
+        total = x if added is None else torch.empty_like(x)
         y, scale = torch.empty_like(x), torch.empty(x.shape[:-1])
-        call("norm_forward", x, None, weight, None, y, scale, x.numel() // dim, dim, eps, num_elements=x.numel())
-        ctx.save_for_backward(x, weight, scale)
-        return y
+        tensors = (x, added, weight, total, y, scale)
+        call("norm_forward", *tensors, x.numel() // dim, dim, eps, num_elements=x.numel())
+        ctx.save_for_backward(total, weight, scale)
+        ctx.adds = added is not None
+        ctx.set_materialize_grads(False)
+        return (total, y) if ctx.adds else y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        dim, rows = x.shape[-1], scale.numel()
-        grad_x = torch.empty_like(x)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_total, grad = grads if ctx.adds else (None, *grads)
+        total, weight, scale = ctx.saved_tensors
+        if grad is None:
+            return grad_total, grad_total if ctx.adds else None, None, None
+        dim, rows = total.shape[-1], scale.numel()
+        grad_x = torch.empty_like(total)
         grad_weight = torch.empty(-(-rows // SLICE_ROWS), dim)
-        tensors = (x, weight, scale, grad.contiguous(), None, grad_x, grad_weight)
-        call("norm_backward", *tensors, rows, dim, SLICE_ROWS, num_elements=x.numel())
-        return grad_x, grad_weight.sum(0).to(weight.dtype), None
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        tensors = (total, weight, scale, grad.contiguous(), grad_total, grad_x, grad_weight)
+        call("norm_backward", *tensors, rows, dim, SLICE_ROWS, num_elements=total.numel())
+        return grad_x, grad_x if ctx.adds else None, grad_weight.sum(0).to(weight.dtype), None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -27,6 +27,13 @@ class RMSNorm(nn.Module):
             return kernels.rms_norm(x, self.weight, self.eps)
         return rms_normalize(x, self.eps) * self.weight
 
+    def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y and its norm."""
+        if kernels.usable(x) and self.weight.dtype is x.dtype is y.dtype:
+            return kernels.add_rms_norm(x, y, self.weight, self.eps)
+        total = x + y
+        return total, self(total)
+
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dim, computed in fp32, returned in x's dtype."""
@@ -73,8 +80,8 @@ class Block(nn.Module):
         self, x_BTD: Tensor, plan: AttentionPlan, cache: LayerCache | None = None, replay_BTk: Tensor | None = None
     ) -> tuple[Tensor, LayerRouting | None]:
         """Shapes: x (B, T, D) -> (B, T, D); the routing is None for a dense layer."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), plan, cache)
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), plan, cache)
+        x_BTD, normed_BTD = self.post_attention_layernorm.after_adding(x_BTD, attended_BTD)
         if isinstance(self.mlp, DenseMLP):
             return x_BTD + self.mlp(normed_BTD), None
         y_BTD, routing = self.mlp(normed_BTD, replay_BTk)

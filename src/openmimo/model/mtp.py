@@ -37,6 +37,6 @@ class MTPHead(nn.Module):
     ) -> Tensor:
         """Shapes: two of (B, T, D) -> (B, T, D), ready for the shared output head (the main norm is not applied)."""
         x_BTD = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), plan, cache)
-        x_BTD = x_BTD + self.mlp(self.pre_mlp_layernorm(x_BTD))
-        return self.final_layernorm(x_BTD)
+        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), plan, cache)
+        x_BTD, normed_BTD = self.pre_mlp_layernorm.after_adding(x_BTD, attended_BTD)
+        return self.final_layernorm.after_adding(x_BTD, self.mlp(normed_BTD))[1]

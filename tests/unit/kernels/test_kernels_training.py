@@ -162,6 +162,29 @@ def test_norm_and_swiglu_match_float64(rows: int, dim: int) -> None:
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("used", ["sum", "norm", "both"])
+def test_add_and_norm_match_float64(used: str) -> None:
+    """Catches a gradient that misses the way past the norm, or one of the two summands."""
+    generator = torch.Generator().manual_seed(3)
+    x, added, grad_sum, grad_norm = (torch.randn(300, 40, generator=generator).bfloat16() for _ in range(4))
+    weight = torch.randn(40, generator=generator).bfloat16().requires_grad_()
+    x.requires_grad_()
+    added.requires_grad_()
+    x64, added64, weight64 = (t.detach().double().requires_grad_() for t in (x, added, weight))
+    found = kernels.add_rms_norm(x, added, weight, 1e-5)
+    total = x64 + added64
+    expected = (total, F.rms_norm(total, (40,), weight64, 1e-5))
+    kept = {"sum": [0], "norm": [1], "both": [0, 1]}[used]
+    upstream = (grad_sum, grad_norm)
+    torch.autograd.backward([found[i] for i in kept], [upstream[i] for i in kept])
+    torch.autograd.backward([expected[i] for i in kept], [upstream[i].double() for i in kept])
+    for a, b in ((found[0], expected[0]), (found[1], expected[1]), (x.grad, x64.grad), (added.grad, added64.grad)):
+        assert relative_error(a, b) < TOLERANCE
+    if used != "sum":
+        assert relative_error(weight.grad, weight64.grad) < TOLERANCE
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
     ("tokens", "choices", "num_experts", "hidden", "width"),
     [(700, 2, 3, 64, 32), (5, 3, 8, 32, 96), (130, 1, 1, 96, 160), (1300, 2, 2, 32, 32)],
