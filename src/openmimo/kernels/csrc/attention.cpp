@@ -81,7 +81,7 @@ void forward_group(const bf16* qkv, const float* cosine, const float* sine, cons
                    const Shape& s, int64_t group, ForwardScratch& w, bf16* out, float* lse) {
   const int64_t K = s.qk_padded(), V = s.value_padded(), all_keys = s.keys_padded();
   pack_keys(qkv, cosine, sine, s, group, w.keys, w.values);
-  transpose_rows(w.values, all_keys, V, w.values_across, all_keys);
+  transpose_rows([&](int64_t r) { return w.values + r * V; }, all_keys, V, w.values_across, all_keys);
   for (int64_t start = 0; start < s.tokens; start += s.tile_tokens()) {
     const Tile tile(first_key, start, s);
     for (int64_t head = group * s.per_group(); head < (group + 1) * s.per_group(); head += s.tile_heads()) {
@@ -198,7 +198,7 @@ void backward_group(const bf16* qkv, const float* cosine, const float* sine, con
                     int64_t group, BackwardScratch& w, bf16* grad_qkv, float* grad_sink) {
   const int64_t K = s.qk_padded(), V = s.value_padded(), all_keys = s.keys_padded();
   pack_keys(qkv, cosine, sine, s, group, w.keys, w.values);
-  transpose_rows(w.keys, all_keys, K, w.keys_across, all_keys);
+  transpose_rows([&](int64_t r) { return w.keys + r * K; }, all_keys, K, w.keys_across, all_keys);
   std::memset(w.grad_k, 0, all_keys * K * sizeof(float));
   std::memset(w.grad_v, 0, all_keys * V * sizeof(float));
   std::fill(grad_sink + group * s.per_group(), grad_sink + (group + 1) * s.per_group(), 0.0f);

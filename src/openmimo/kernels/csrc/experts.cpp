@@ -135,9 +135,9 @@ constexpr int64_t DEPTH_ROWS = 2 * DEPTH_BLOCK;  // rows whose outer products ar
 
 struct WeightScratch {
   WeightScratch(int64_t outputs, int64_t inputs)
-      : across(outputs * DEPTH_ROWS), staged(32 * outputs), panels(panel_words(DEPTH_ROWS, inputs)),
+      : across(outputs * DEPTH_ROWS), panels(panel_words(DEPTH_ROWS, inputs)),
         sums(outputs * inputs) {}
-  Buffer<bf16> across, staged;
+  Buffer<bf16> across;
   Buffer<uint32_t> panels;
   Buffer<float> sums;
 };
@@ -149,12 +149,7 @@ void weight_gradient(const Left& left, const Right& right, int64_t rows, int64_t
   if (rows == 0) return clear(to, outputs * inputs);
   for (int64_t from = 0; from < rows; from += DEPTH_ROWS) {
     const int64_t count = std::min(DEPTH_ROWS, rows - from), padded = round_up(count, 32);
-    for (int64_t r = 0; r < count; r += 32) {
-      const int64_t some = std::min<int64_t>(32, count - r);
-      for (int64_t i = 0; i < some; ++i)
-        std::memcpy(w.staged + i * outputs, left(from + r + i), outputs * sizeof(bf16));
-      transpose_rows(w.staged, some, outputs, w.across + r, padded);
-    }
+    transpose_rows([&](int64_t r) { return left(from + r); }, count, outputs, w.across, padded);
     for (int64_t column = 0; column < inputs; column += PANEL)
       pack_down([&](int64_t r) { return right(from + r); }, count, inputs, column, w.panels);
     for (int64_t row = 0; row < outputs; row += ROW_BLOCK)

@@ -33,24 +33,26 @@ inline void pairs_across(const bf16* from, int64_t rows, int64_t dim, uint32_t* 
 
 // (rows x dim) bf16 -> (rows / 2 x dim) pairs of neighbouring rows.
 inline void pairs_down(const bf16* from, int64_t rows, int64_t dim, uint32_t* to) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t i = 0; i < dim; i += LANES)
-      store(to + r / 2 * dim + i, pair_rows(from + r * dim + i, from + (r + 1) * dim + i));
+  for (int64_t r = 0; r < rows; r += 2) pair_rows(from + r * dim, from + (r + 1) * dim, dim, to + r / 2 * dim);
 }
 
-// (rows x dim) bf16 -> (dim x rows), rows `stride` apart and filled up with zeros to a multiple of 32.
-inline void transpose_rows(const bf16* from, int64_t rows, int64_t dim, bf16* to, int64_t stride) {
-  static const bf16 zeros[16] = {};
-  alignas(64) uint32_t pairs[16 * 16];
-  for (int64_t r = 0; r < rows; r += 32)
-    for (int64_t i = 0; i < dim; i += 16) {
-      for (int64_t p = 0; p < 16; ++p) {
-        const int64_t at = r + 2 * p;
-        store(pairs + 16 * p, pair_rows(at < rows ? from + at * dim + i : zeros,
-                                        at + 1 < rows ? from + (at + 1) * dim + i : zeros));
-      }
-      transpose_16(pairs, 16, reinterpret_cast<uint32_t*>(to + i * stride + r), stride / 2);
+// Rows `row(r)` of `dim` bf16 -> (dim x rows), rows `stride` apart and filled up with zeros to a multiple of 32.
+template <typename Row>
+inline void transpose_rows(const Row& row, int64_t rows, int64_t dim, bf16* to, int64_t stride) {
+  static const bf16 zeros[32] = {};
+  alignas(64) uint32_t pairs[16 * 32];
+  for (int64_t r = 0; r < rows; r += 32) {
+    const bf16* sources[32];
+    for (int64_t i = 0; i < 32; ++i) sources[i] = r + i < rows ? row(r + i) : nullptr;
+    for (int64_t i = 0; i < dim; i += 32) {
+      const int64_t some = std::min<int64_t>(32, dim - i);
+      for (int64_t p = 0; p < 16; ++p)
+        pair_rows(sources[2 * p] ? sources[2 * p] + i : zeros, sources[2 * p + 1] ? sources[2 * p + 1] + i : zeros,
+                  some, pairs + 32 * p);
+      for (int64_t half = 0; half < some; half += 16)
+        transpose_16(pairs + half, 32, reinterpret_cast<uint32_t*>(to + (i + half) * stride + r), stride / 2);
     }
+  }
 }
 
 // Words of the panels of a matrix of `rows` (depth) and `columns`.
@@ -72,7 +74,7 @@ inline void pack_down(const Row& row, int64_t rows, int64_t columns, int64_t col
   for (int64_t p = 0; p < pairs; ++p) {
     const bf16* low = 2 * p < rows ? row(2 * p) + column : zeros;
     const bf16* high = 2 * p + 1 < rows ? row(2 * p + 1) + column : zeros;
-    for (int64_t i = 0; i < width; i += LANES) store(to + p * PANEL + i, pair_rows(low + i, high + i));
+    pair_rows(low, high, width, to + p * PANEL);
   }
 }
 

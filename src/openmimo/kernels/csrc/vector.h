@@ -125,10 +125,24 @@ inline u32x16 pair(f32x16 low, f32x16 high) {
 #endif
 }
 
-// The same from two rows of bf16.
-inline u32x16 pair_rows(const bf16* low, const bf16* high) {
-  return __builtin_convertvector(load<u16x16>(low), u32x16) |
-         (__builtin_convertvector(load<u16x16>(high), u32x16) << 16);
+// The same from two rows of bf16 with `count` entries, a multiple of 16.
+inline void pair_rows(const bf16* low, const bf16* high, int64_t count, uint32_t* to) {
+  int64_t i = 0;
+#ifdef OPENMIMO_AVX512
+  alignas(64) static constexpr uint16_t interleave[64] = {
+      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i first = _mm512_load_si512(interleave), second = _mm512_load_si512(interleave + 32);
+  for (; i + 32 <= count; i += 32) {
+    const __m512i a = _mm512_loadu_si512(low + i), b = _mm512_loadu_si512(high + i);
+    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(a, second, b));
+  }
+#endif
+  for (; i < count; i += LANES)
+    store(to + i, __builtin_convertvector(load<u16x16>(low + i), u32x16) |
+                      (__builtin_convertvector(load<u16x16>(high + i), u32x16) << 16));
 }
 
 // ---------------------------------------------------------------- arithmetic
