@@ -2,7 +2,28 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace openmimo {
+
+// Linux hands out the tile state on request only; once granted it holds for all threads.
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (AMX_BF16 | AMX_TILE)) != (AMX_BF16 | AMX_TILE)) return false;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found{&kernels_scalar};
@@ -13,7 +34,11 @@ std::vector<const Kernels*> available_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       found.push_back(&kernels_avx512);
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+      if (__builtin_cpu_supports("avx512bf16")) {
+        found.push_back(&kernels_amx_emulated);
+        found.push_back(&kernels_avx512_bf16);
+        if (amx_granted()) found.push_back(&kernels_amx);
+      }
     }
   }
 #endif

@@ -8,7 +8,7 @@
 
 namespace openmimo {
 
-// The kernel tables that work here, slowest first.
+// The kernel tables that work here, slowest first but for the emulated one, which is never the last.
 std::vector<const Kernels*> available_kernels();
 
 // The table named by `name`, or the fastest when it is empty. Throws std::invalid_argument for one that is not available.

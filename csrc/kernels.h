@@ -82,6 +82,9 @@ struct Attention {
 
 struct Kernels {
   const char* name;
+  // Called by every thread before and after it uses the others.
+  void (*enter)();
+  void (*leave)();
   void (*product)(Format, const Product&);
   void (*attention)(Arithmetic, const Attention&);
   // x * r * weight with r = 1 / sqrt(mean(x^2) + eps), as words.
@@ -96,6 +99,13 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t count);
 };
 
+// A thread's use of the kernels.
+struct InKernels {
+  explicit InKernels(const Kernels& kernels_) : kernels(kernels_) { kernels.enter(); }
+  ~InKernels() { kernels.leave(); }
+  const Kernels& kernels;
+};
+
 inline int64_t attention_scratch(int64_t rows, int64_t v_padded) { return rows * (2 * BLOCK + v_padded + 4); }
 
 extern const Kernels kernels_scalar;
@@ -103,6 +113,9 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;           // bf16 products in tiles
+extern const Kernels kernels_amx_emulated;  // the same with tiles in software, for tests; needs AVX-512 BF16
+bool amx_granted();                         // whether the processor has AMX-BF16 and the system lets us use it
 #endif
 
 }  // namespace openmimo

@@ -274,7 +274,10 @@ int64_t argmax(const float* x, int64_t count) {
   return best;
 }
 
-#define OPENMIMO_KERNELS(NAME, TEXT) \
-  const openmimo::Kernels openmimo::NAME{TEXT, product, attention, norm, add, rotate, swiglu, sigmoid_all, argmax}
+void nothing() {}
+
+#define OPENMIMO_KERNELS(NAME, TEXT)                                                                              \
+  const openmimo::Kernels openmimo::NAME{TEXT, nothing, nothing, product, attention, norm, add, rotate, swiglu, \
+                                         sigmoid_all, argmax}
 
 }  // namespace

@@ -167,6 +167,7 @@ void Runtime::forward(const int32_t* tokens, std::vector<Sequence> sequences, co
   if (static_cast<int64_t>(step.logits.size()) < num_wanted * step.logit_stride)
     step.logits = Buffer<float>(num_wanted * step.logit_stride);
   pool_.run([&](int thread) {
+    const InKernels scope(kernels_);
     Local& l = local(step, thread);
     const auto [begin, end] = step.replicated ? std::pair<int64_t, int64_t>{0, n} : share(n, thread, pool_.size());
     for (int64_t i = begin; i < end; ++i) embed(tokens[i], l.x.data() + i * dim);

@@ -67,6 +67,7 @@ void Runtime::head_pass(int head, const std::vector<int32_t>& rows, const int32_
   if (newest && static_cast<int64_t>(step.logits.size()) < step.num_queries * step.logit_stride)
     step.logits = Buffer<float>(step.num_queries * step.logit_stride);
   pool_.run([&](int thread) {
+    const InKernels scope(kernels_);
     head_inputs(head, step, thread);
     attention_inputs(layer, step, thread);
     if (!newest) return;

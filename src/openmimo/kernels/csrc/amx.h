@@ -3,12 +3,16 @@
 // OPENMIMO_EMULATE_AMX builds the software form on any machine, so that the tile path is tested where there is no AMX.
 #pragma once
 
-#include "vector.h"
+#include <cstdint>
+#include <cstring>
 
+// The two forms have names of their own, so that one library can hold both.
 #if defined(OPENMIMO_EMULATE_AMX)
 #define OPENMIMO_AMX 1
-#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__) && defined(OPENMIMO_BF16_DOT)
+#define OPENMIMO_AMX_FORM soft_amx
+#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__) && defined(__AVX512BF16__)
 #define OPENMIMO_AMX 1
+#define OPENMIMO_AMX_FORM real_amx
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,6 +20,7 @@
 #ifdef OPENMIMO_AMX
 
 namespace openmimo {
+inline namespace OPENMIMO_AMX_FORM {
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -25,6 +30,13 @@ struct alignas(64) TileConfig {
 static_assert(sizeof(TileConfig) == 64);
 
 #ifdef OPENMIMO_EMULATE_AMX
+
+inline float float_of_upper_half(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 struct SoftTiles {
   TileConfig config;
@@ -60,16 +72,16 @@ template <int C, int A, int B>
 inline void tile_dot() {
   const TileConfig& config = soft_tiles.config;
   for (int m = 0; m < config.rows[C]; ++m) {
-    bf16 a[32];
+    uint16_t a[32];
     float c[16], even[16] = {}, odd[16] = {};
     std::memcpy(a, soft_tiles.data[A][m], 64);
     std::memcpy(c, soft_tiles.data[C][m], 64);
     for (int k = 0; k < config.column_bytes[A] / 4; ++k) {
-      bf16 b[32];
+      uint16_t b[32];
       std::memcpy(b, soft_tiles.data[B][k], 64);
       for (int n = 0; n < config.column_bytes[C] / 4; ++n) {
-        even[n] += to_float(a[2 * k]) * to_float(b[2 * n]);
-        odd[n] += to_float(a[2 * k + 1]) * to_float(b[2 * n + 1]);
+        even[n] += float_of_upper_half(a[2 * k]) * float_of_upper_half(b[2 * n]);
+        odd[n] += float_of_upper_half(a[2 * k + 1]) * float_of_upper_half(b[2 * n + 1]);
       }
     }
     for (int n = 0; n < config.column_bytes[C] / 4; ++n) c[n] += even[n] + odd[n];
@@ -109,6 +121,7 @@ inline void tile_dot() {
 
 #endif
 
+}  // namespace OPENMIMO_AMX_FORM
 }  // namespace openmimo
 
 #endif

@@ -1,0 +1,3 @@
+#include "kernels_amx.h"
+
+OPENMIMO_TILE_KERNELS(kernels_amx, "amx");
