@@ -25,10 +25,11 @@ HELP = """/help            this list
 def chat_command(
     model: Annotated[Path, typer.Option(help="Checkpoint folder, or a run folder that holds one in model/.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy, with drafts; above 0 samples.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    draft_heads: Annotated[str, typer.Option(help="MTP heads that draft: auto, or a number from 0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Number format of the weights in memory.")] = "float32",
+    draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, or int8.")] = "bf16",
+    runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:
     """Chat with a model. Tokens that an MTP head drafted are coloured by head."""
@@ -38,7 +39,8 @@ def chat_command(
     from openmimo.errors import RequestError
     from openmimo.text import ChatTemplate, Tokenizer
 
-    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, verify=verify)
+    heads = parse_draft_heads(draft_heads)
+    engine = Engine(model, draft_heads=heads, weights=weights, runner=runner, verify=verify)
     if not isinstance(engine.tokenizer, Tokenizer):
         raise RequestError(f"{str(model)!r} has no tokenizer.json, so there is no chat; pass a folder that has one")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
@@ -58,7 +60,7 @@ class ChatSession:
         self.console = console
         self.system = system
         self.messages: list[dict[str, str]] = []
-        self.most_heads = engine.draft_heads
+        self.drafts_on: int | str = "auto" if engine.adaptive else engine.draft_heads
         self.reset()
 
     def run(self) -> None:
@@ -88,7 +90,7 @@ class ChatSession:
             self.reset()
             self._say("the conversation is forgotten", style="dim")
         elif word == "/drafts" and argument in ("on", "off"):
-            self.engine = self.engine.with_drafts(self.most_heads if argument == "on" else 0)
+            self.engine = self.engine.with_drafts(self.drafts_on if argument == "on" else 0)
             self._say(self._drafts_line(), style="dim")
         elif word == "/drafts":
             self._say("say /drafts on or /drafts off")

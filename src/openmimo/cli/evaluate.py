@@ -24,8 +24,9 @@ def eval_command(
     split: Annotated[str, typer.Option(help="test: problems never trained on; or train.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
     max_batch: Annotated[int, typer.Option(help="Answers written at the same time.")] = 32,
-    draft_heads: Annotated[str, typer.Option(help="MTP heads that draft: auto, or a number from 0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Number format of the weights in memory.")] = "float32",
+    draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, or int8.")] = "bf16",
+    runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
 ) -> None:
@@ -36,7 +37,8 @@ def eval_command(
     from openmimo.engine import Engine
     from openmimo.evals import evaluate_domains, reports_as_json
 
-    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, verify=verify, max_batch=max_batch)
+    heads = parse_draft_heads(draft_heads)
+    engine = Engine(model, draft_heads=heads, weights=weights, runner=runner, verify=verify, max_batch=max_batch)
     names = [name.strip() for name in domains.split(",") if name.strip()]
     reports = evaluate_domains(
         engine, domains=names, level=level, num_problems=num, seed=seed, split=split, max_tokens=max_tokens

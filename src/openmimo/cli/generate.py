@@ -13,22 +13,24 @@ def generate_command(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Send the prompt as a chat message, or as it is.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy, with drafts; above 0 samples.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep this many most probable tokens; 0 keeps all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    draft_heads: Annotated[str, typer.Option(help="MTP heads that draft: auto, or a number from 0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Number format of the weights in memory.")] = "float32",
+    draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
+    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, or int8.")] = "bf16",
+    runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:
-    """Continue one or more prompts; drafts make greedy decoding faster and never change the text."""
+    """Continue one or more prompts; drafts make decoding faster and never change the text."""
     import time
 
     from openmimo.cli.chat import parse_draft_heads, printable
     from openmimo.engine import DraftStats, Engine, SamplingParams
 
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
-    engine = Engine(model, draft_heads=parse_draft_heads(draft_heads), dtype=dtype, verify=verify)
+    heads = parse_draft_heads(draft_heads)
+    engine = Engine(model, draft_heads=heads, weights=weights, runner=runner, verify=verify)
     if chat:
         from openmimo.evals.accuracy import chat_renderer
 

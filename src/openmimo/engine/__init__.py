@@ -1,22 +1,23 @@
-"""Inference: greedy decoding with MTP drafts, plain sampling, one batch API for chat, evals and rollouts."""
+"""Inference: continuous batching, sampling and MTP drafting over a `Runner`, for chat, evals, servers and rollouts."""
 
-from openmimo.engine.engine import Engine, resolve_model_folder
-from openmimo.engine.request import Completion, DraftStats, Request, SamplingParams, StreamEvent
-from openmimo.engine.runner import RowState, Runner, StepInput, StepOutput
-from openmimo.engine.torch_batch import RunningBatch, TorchRunner
+from openmimo.engine.engine import Engine, Prompt
+from openmimo.engine.loading import resolve_model_folder
+from openmimo.engine.request import Completion, DraftStats, SamplingParams, StreamEvent
+from openmimo.engine.runner import PAGE_TOKENS, RowState, Runner, StepInput, StepOutput
+from openmimo.engine.text import TextCodec
 
 __all__ = [
+    "PAGE_TOKENS",
     "Completion",
     "DraftStats",
     "Engine",
-    "Request",
+    "Prompt",
     "RowState",
     "Runner",
-    "RunningBatch",
     "SamplingParams",
     "StepInput",
     "StepOutput",
     "StreamEvent",
-    "TorchRunner",
+    "TextCodec",
     "resolve_model_folder",
 ]

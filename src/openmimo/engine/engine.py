@@ -1,241 +1,270 @@
-"""The engine: prompts in, completions out. It schedules rows and turns logits into tokens; a `Runner` computes.
-
-Suffixes: B rows, T tokens of a step, V vocabulary.
-"""
+"""The engine: prompts in, completions out, all at once, as a stream, or step by step beside other requests."""
 
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from openmimo.checkpoint.load import LoadDtype, load_model
-from openmimo.engine.request import Completion, Request, SamplingParams, StreamEvent
-from openmimo.engine.sampler import choose_greedy, logprobs_of, sample
-from openmimo.engine.sequence import Detokenizer, RunningSequence, TextCodec
-from openmimo.engine.speculate import count_kept
-from openmimo.engine.torch_batch import RunningBatch, TorchRunner
-from openmimo.errors import RequestError, nearest
-from openmimo.model import MiMoModel
-from openmimo.text import Tokenizer
+from openmimo.config.model import ModelConfig
+from openmimo.engine.core import Emission, EngineCore
+from openmimo.engine.loading import RunnerOptions, load_tokenizer, open_runner, resolve_model_folder
+from openmimo.engine.request import Completion, SamplingParams, StreamEvent
+from openmimo.engine.runner import PAGE_TOKENS, Runner
+from openmimo.engine.sampler import random_state
+from openmimo.engine.sequence import Sequence as Answer
+from openmimo.engine.text import TextCodec
+from openmimo.errors import RequestError
+
+if TYPE_CHECKING:
+    from openmimo.model import MiMoModel
 
 Prompt = str | Sequence[int]
-RUNNERS = ("torch",)
-
-
-@dataclass(frozen=True)
-class _Emission:
-    """Tokens that one step gave one sequence; the first `num_drafted` of the window were drafts."""
-
-    sequence: RunningSequence
-    token_ids: list[int]
-    num_drafted: int
 
 
 class Engine:
-    """Decode with a model, drafting with its MTP heads when decoding greedily.
+    """Decode with a model, drafting with its MTP heads.
 
-    Drafts are verified, so the tokens are those of plain greedy decoding. `draft_heads` is "auto" (all heads) or a
-    number, 0 for none. With `uniform_steps` greedy decoding feeds the same number of token rows per step whatever
-    `draft_heads` is, so that drafting cannot change a near tie through rounding (see `TorchRunner`); without it,
-    fewer heads mean smaller and faster steps. `dtype` applies when a folder
-    is loaded, and `verify` then checks every file against the folder's sha256 manifest first.
+    Drafts are verified, so what is written does not depend on them. `draft_heads` is the number of drafts per step,
+    0 for none, or "auto": 0 to all heads, as measured acceptance and cost suggest for every answer.
+    `runner` is "native" (C++), "torch", or "auto": native where its extension is installed. `weights` is the format of
+    the weights in memory, one of the runner's; a model given as an object keeps its own in the torch runner.
+    At most `max_batch` answers are written at once; a step feeds at most `step_tokens` tokens, of prompts at most
+    `chunk_tokens`. `cache_tokens` positions of global layers are kept, by default as many as all answers could need,
+    within 1 GiB. `prefix_cache_bytes` is the limit of the prefix cache, 0 for none. `verify` checks every file against
+    the folder's sha256 manifest before loading.
     Raises: RequestError on unusable options, CheckpointError when the folder cannot be loaded.
     """
 
     def __init__(
         self,
-        folder_or_model: str | Path | MiMoModel,
+        folder_or_model: str | Path | MiMoModel | Runner,
         *,
         tokenizer: TextCodec | None = None,
-        runner: str = "torch",
+        runner: str = "auto",
+        weights: str = "bf16",
         draft_heads: int | str = "auto",
-        dtype: str = "float32",
         verify: bool = False,
         max_batch: int = 32,
-        uniform_steps: bool = True,
+        step_tokens: int = 512,
+        chunk_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        prefix_cache_bytes: int = 256 << 20,
+        snapshot_tokens: int = 512,
+        threads: int | None = None,
     ) -> None:
-        if runner not in (*RUNNERS, "auto"):
-            raise RequestError(f"no runner {runner!r}; {nearest(runner, (*RUNNERS, 'auto'))}")
-        if max_batch < 1:
-            raise RequestError(f"max_batch={max_batch} must be at least 1")
-        if isinstance(folder_or_model, MiMoModel):
-            model = folder_or_model
-        else:
-            folder = resolve_model_folder(folder_or_model)
-            model = _load_model(folder, dtype, verify)
-            tokenizer = tokenizer or _load_tokenizer(folder)
-        self.config = model.config
+        options = RunnerOptions(
+            kind=runner,
+            weights=weights,
+            verify=verify,
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            cache_tokens=cache_tokens,
+            threads=threads,
+        )
+        if snapshot_tokens < 1 or prefix_cache_bytes < 0 or (chunk_tokens is not None and chunk_tokens < 1):
+            raise RequestError(
+                f"snapshot_tokens={snapshot_tokens}, prefix_cache_bytes={prefix_cache_bytes} and "
+                f"chunk_tokens={chunk_tokens} must be at least 1, 0 and 1"
+            )
+        if isinstance(folder_or_model, str | Path):
+            folder_or_model = resolve_model_folder(folder_or_model)
+            tokenizer = tokenizer or load_tokenizer(folder_or_model)
+        self.runner = open_runner(folder_or_model, options)
+        self.config: ModelConfig = self.runner.config
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self.uniform_steps = uniform_steps
-        self.runner = TorchRunner(model)
-        self.draft_heads = _checked_heads(draft_heads, self.config.num_mtp_heads)
+        self.draft_heads, self.adaptive = _checked_heads(draft_heads, self.config.num_mtp_heads)
+        self._core = EngineCore(
+            self.runner,
+            max_batch=max_batch,
+            num_tokens=min(self.config.vocab_size, getattr(tokenizer, "vocab_size", None) or self.config.vocab_size),
+            chunk_tokens=chunk_tokens or step_tokens,
+            snapshot_tokens=snapshot_tokens,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
+        # Requests that are not finished, with their answers, and what steps gave that nobody has fetched yet.
+        self._answers: dict[int, list[Answer]] = {}
+        self._unfetched: list[Emission] = []
+        self._next_id = iter(range(1 << 62))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._answers)
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, index: int = 0) -> int:
+        """Queue a prompt and return the request's number; `index` is added to the seed.
+
+        Raises: RequestError on a prompt that is empty, too long or outside the vocabulary, or options that do not fit.
+        """
+        params = params or SamplingParams()
+        ids = self._prompt_ids(prompt, index)
+        self._check_params(params)
+        request_id = next(self._next_id)
+        self._answers[request_id] = answers = self._make_answers(request_id, ids, params, index)
+        self._core.add(answers)
+        return request_id
+
+    def step(self) -> list[StreamEvent]:
+        """Run one step for all requests; every answer that got tokens has one event."""
+        return [self._event(emission) for emission in self._step(None)]
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request and free what it holds; one that is finished or unknown is let be."""
+        answers = self._answers.pop(request_id, None)
+        if answers is not None:
+            self._core.abort(answers)
+            self._unfetched[:] = [each for each in self._unfetched if each.sequence.request_id != request_id]
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
-        """Continue every prompt (text or token ids), at most `max_batch` at a time; the order is kept.
+        """Continue every prompt (text or token ids); the order is kept, a prompt's `n` answers follow each other.
 
-        Raises: RequestError on a prompt that is empty, too long, or outside the vocabulary.
+        Raises: RequestError on a prompt that is empty, too long or outside the vocabulary, or options that do not fit.
         """
-        requests = [self._request(prompt, params or SamplingParams(), i) for i, prompt in enumerate(prompts)]
-        done: dict[int, Completion] = {}
-        for emission in self._decode(requests):
-            if emission.sequence.finish_reason is not None:
-                done[emission.sequence.request.index] = emission.sequence.complete(self.tokenizer)
-        return [done[i] for i in range(len(requests))]
+        requests: list[int] = []
+        done: dict[tuple[int, int], Completion] = {}
+        params = params or SamplingParams()
+        try:
+            for index, prompt in enumerate(prompts):
+                requests.append(self.add_request(prompt, params, index=index))
+            mine = set(requests)
+            while len(done) < len(requests) * params.n:
+                for emission in self._step(mine):
+                    sequence = emission.sequence
+                    if sequence.finish_reason is not None:
+                        done[sequence.request_id, sequence.choice] = sequence.complete()
+        finally:
+            for request_id in requests:
+                self.abort(request_id)
+        return [done[request_id, choice] for request_id in requests for choice in range(params.n)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent]:
         """Continue one prompt and hand out the tokens of every step as they come; closing the iterator stops it."""
-        text = Detokenizer(self.tokenizer)
-        for emission in self._decode([self._request(prompt, params or SamplingParams(), 0)]):
-            sequence, tokens = emission.sequence, emission.token_ids
-            hidden = int(sequence.finish_reason == "stop")
-            pieces = [text.push(token) for token in tokens[: len(tokens) - hidden]] + [""] * hidden
-            if sequence.finish_reason is not None:
-                pieces[-1] += text.flush()
-            yield StreamEvent(
-                token_ids=tuple(tokens),
-                pieces=tuple(pieces),
-                drafted=tuple(place if place < emission.num_drafted else None for place in range(len(tokens))),
-                completion=None if sequence.finish_reason is None else sequence.complete(self.tokenizer),
-            )
+        request_id = self.add_request(prompt, params)
+        try:
+            while request_id in self._answers:
+                for emission in self._step({request_id}):
+                    yield self._event(emission)
+        finally:
+            self.abort(request_id)
 
-    def with_drafts(self, draft_heads: int | str, *, uniform_steps: bool | None = None) -> Engine:
-        """The same model and options, drafting with another number of heads; shares the weights."""
+    def with_drafts(self, draft_heads: int | str) -> Engine:
+        """The same engine, drafting otherwise: it shares the model, the caches and the queue."""
         other = copy.copy(self)
-        other.draft_heads = _checked_heads(draft_heads, self.config.num_mtp_heads)
-        other.uniform_steps = self.uniform_steps if uniform_steps is None else uniform_steps
+        other.draft_heads, other.adaptive = _checked_heads(draft_heads, self.config.num_mtp_heads)
         return other
 
-    def _request(self, prompt: Prompt, params: SamplingParams, index: int) -> Request:
+    def clear_prefix_cache(self) -> None:
+        """Forget all texts, for example because the weights changed."""
+        if self._core.prefix is not None:
+            self._core.prefix.clear()
+
+    @property
+    def used_cache_bytes(self) -> int:
+        """Bytes of rows and pages in use, by answers and by the prefix cache; a shared page counts once."""
+        return self._core.blocks.used_bytes
+
+    def _step(self, mine: set[int] | None) -> list[Emission]:
+        """One step's emissions, of some requests or of all; those of others wait for whoever asks for them."""
+        emissions, self._unfetched[:] = [*self._unfetched], []
+        if not any(mine is None or each.sequence.request_id in mine for each in emissions):
+            emissions += self._core.step()
+        if mine is not None:
+            self._unfetched += [each for each in emissions if each.sequence.request_id not in mine]
+            emissions = [each for each in emissions if each.sequence.request_id in mine]
+        for request_id in {sequence.request_id for sequence, *_ in emissions if sequence.finish_reason is not None}:
+            if all(answer.finish_reason is not None for answer in self._answers.get(request_id, ())):
+                self._answers.pop(request_id, None)
+        return emissions
+
+    def _event(self, emission: Emission) -> StreamEvent:
+        sequence, end, count, num_drafted = emission
+        tokens, is_last = sequence.ids[end - count : end], end == len(sequence.ids)
+        is_last &= sequence.finish_reason is not None
+        pieces = [sequence.text.piece(token) for token in tokens[:-1]]
+        pieces.append(sequence.text.piece(None if is_last and tokens[-1] in sequence.stop_ids else tokens[-1]))
+        if is_last:
+            pieces[-1] += sequence.text.flush()
+        return StreamEvent(
+            token_ids=tuple(tokens),
+            pieces=tuple(pieces),
+            drafted=tuple(place if place < num_drafted else None for place in range(count)),
+            completion=sequence.complete() if is_last else None,
+            request_id=sequence.request_id,
+            choice=sequence.choice,
+        )
+
+    def _prompt_ids(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("prompt is text but the engine has no tokenizer; pass token ids or tokenizer=...")
             prompt = self.tokenizer.encode(prompt)
-        config, ids = self.config, tuple(prompt)
+        ids = list(prompt)
+        most = min(self.config.max_positions, self.runner.num_pages * PAGE_TOKENS)
         if not ids:
             raise RequestError(f"prompt {index} has no tokens; give at least one")
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise RequestError(f"prompt {index} has token ids outside the vocabulary of {config.vocab_size}")
-        if len(ids) >= config.max_positions:
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(f"prompt {index} has token ids outside the vocabulary of {self.config.vocab_size}")
+        if len(ids) >= self.config.max_positions:
             raise RequestError(
-                f"prompt {index} has {len(ids)} tokens; the model has {config.max_positions} positions, so shorten it"
+                f"prompt {index} has {len(ids)} tokens; the model has {self.config.max_positions} positions, "
+                "so shorten it"
             )
-        if params.routed_experts and config.num_moe_layers == 0:
-            raise RequestError("routed_experts=True, but this model has no sparse layers")
-        return Request(prompt_ids=ids, params=params, index=index)
+        if len(ids) >= most:
+            raise RequestError(
+                f"prompt {index} has {len(ids)} tokens; the cache holds {most}, so shorten it or pass a larger "
+                "cache_tokens"
+            )
+        return ids
 
-    def _sequence(self, request: Request, num_drafts: int) -> RunningSequence:
-        params = request.params
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.routed_experts and self.config.num_moe_layers == 0:
+            raise RequestError("routed_experts=True, but this model has no sparse layers")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer; pass tokenizer=... or use stop_token_ids")
+        outside = [token for token in params.logit_bias if token >= self._core.num_tokens]
+        if outside:
+            raise RequestError(f"logit_bias has ids {outside} outside the vocabulary of {self._core.num_tokens} tokens")
+
+    def _make_answers(self, request_id: int, ids: list[int], params: SamplingParams, index: int) -> list[Answer]:
+        config, moe = self.config, self.config.moe
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
-            stop_ids.update(self.config.eos_token_ids, () if self.tokenizer is None else self.tokenizer.eos_token_ids)
-        limit = min(params.max_tokens, self.config.max_positions - len(request.prompt_ids))
-        return RunningSequence(request, limit=limit, stop_ids=frozenset(stop_ids), num_drafts=num_drafts)
-
-    def _decode(self, requests: Sequence[Request]) -> Iterator[_Emission]:
-        """All steps of all requests, which share their options.
-
-        The number of rows never changes: a row whose sequence is finished takes the next request, or idles.
-        """
-        if not requests:
-            return
-        params = requests[0].params
-        num_drafts = self.draft_heads if params.greedy else 0
-        widest = self.config.num_mtp_heads if params.greedy and self.uniform_steps else num_drafts
-        waiting = deque(self._sequence(request, num_drafts) for request in requests)
-        rows: list[RunningSequence] = []
-        batch = self.runner.open_batch(
-            min(self.max_batch, len(requests)), num_drafts=num_drafts, step_tokens=1 + widest
-        )
-        for row in range(min(self.max_batch, len(requests))):
-            yield from self._fill_row(batch, row, waiting, rows)
-        while any(sequence.finish_reason is None for sequence in rows):
-            yield from self._step(batch, rows, num_drafts)
-            for row, sequence in enumerate(rows):
-                if sequence.finish_reason is not None and waiting:
-                    yield from self._fill_row(batch, row, waiting, rows)
-
-    def _fill_row(
-        self, batch: RunningBatch, row: int, waiting: deque[RunningSequence], rows: list[RunningSequence]
-    ) -> Iterator[_Emission]:
-        """Start waiting sequences in a row until one of them goes on after its first token."""
-        while waiting:
-            sequence = waiting.popleft()
-            params = sequence.request.params
-            logits_BTV = batch.prefill(row, list(sequence.request.prompt_ids))[None, None]
-            choices_BT, logprobs_BT = _choose(logits_BTV, [sequence])
-            rows[row : row + 1] = [sequence]
-            if logprobs_BT is not None:
-                sequence.logprobs.append(float(logprobs_BT))
-            if params.routed_experts:
-                sequence.routes.append(batch.routed_experts[0].cpu().numpy())
-            yield _Emission(sequence, sequence.take_first(int(choices_BT)), 0)
-            if sequence.finish_reason is None:
-                return
-
-    def _step(self, batch: RunningBatch, rows: list[RunningSequence], num_drafts: int) -> Iterator[_Emission]:
-        """Propose, verify and commit once for all rows."""
-        params = rows[0].request.params
-        window_BT = batch.propose(torch.tensor([sequence.token_ids[-1] for sequence in rows]))
-        choices_BT, logprobs_BT = _choose(batch.verify(window_BT), rows)
-        kept_B = count_kept(window_BT, choices_BT, num_drafts)
-        running_B = torch.tensor([sequence.finish_reason is None for sequence in rows], device=kept_B.device)
-        batch.commit(kept_B * running_B)
-        routes = batch.routed_experts.cpu().numpy() if params.routed_experts else None
-        logprobs = None if logprobs_BT is None else logprobs_BT.tolist()
-        choices, kept = choices_BT.tolist(), kept_B.tolist()
-        for row, sequence in enumerate(rows):
-            if sequence.finish_reason is not None:
-                continue
-            if logprobs is not None:
-                sequence.logprobs += logprobs[row][: kept[row]]
-            if routes is not None:
-                sequence.routes.append(routes[row, : kept[row]])
-            yield _Emission(sequence, sequence.take_step(choices[row][: kept[row]]), kept[row] - 1)
+            stop_ids.update(config.eos_token_ids, () if self.tokenizer is None else self.tokenizer.eos_token_ids)
+        seed = secrets.randbits(64) if params.seed is None else params.seed + index
+        routes_per_token = (config.num_moe_layers, moe.num_experts_per_token if moe and config.num_moe_layers else 0)
+        routes_dtype = np.uint8 if moe is None or moe.num_experts <= 256 else np.uint16
+        limit = min(len(ids) + params.max_tokens, config.max_positions, self.runner.num_pages * PAGE_TOKENS)
+        return [
+            Answer(
+                params,
+                ids,
+                blocks=self._core.blocks,
+                request_id=request_id,
+                choice=choice,
+                limit=limit,
+                stop_ids=frozenset(stop_ids),
+                random_state=random_state(seed, choice),
+                draft_limit=self.draft_heads,
+                adaptive=self.adaptive,
+                routes=np.zeros((len(ids) + 64, *routes_per_token), dtype=routes_dtype),
+                codec=self.tokenizer,
+            )
+            for choice in range(params.n)
+        ]
 
 
-def resolve_model_folder(path: str | Path) -> Path:
-    """The folder that holds the checkpoint: `path` itself, or `path/model` of a run folder."""
-    folder = Path(path)
-    inner = folder / "model"
-    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
-
-
-def _choose(logits_BTV: Tensor, rows: list[RunningSequence]) -> tuple[Tensor, Tensor | None]:
-    """The next token after every position, and its log-probability when it is wanted. Shapes: (B, T)."""
-    params = rows[0].request.params
-    if params.greedy:
-        choices_BT = choose_greedy(logits_BTV)
-        return choices_BT, logprobs_of(logits_BTV, choices_BT) if params.logprobs else None
-    uniform_B = torch.tensor(
-        [sequence.next_uniform for sequence in rows], dtype=torch.float64, device=logits_BTV.device
-    )
-    tokens_B, logprobs_B = sample(logits_BTV[:, 0], params, uniform_B)
-    return tokens_B[:, None], logprobs_B[:, None] if params.logprobs else None
-
-
-def _checked_heads(draft_heads: int | str, available: int) -> int:
+def _checked_heads(draft_heads: int | str, available: int) -> tuple[int, bool]:
+    """The most drafts per step, and whether every answer chooses its own number up to that."""
     if draft_heads == "auto":
-        return available
+        return available, True
     if not isinstance(draft_heads, int) or not 0 <= draft_heads <= available:
         raise RequestError(
             f"draft_heads={draft_heads!r}, but the model has {available} MTP heads; pass 'auto' or 0 to {available}"
         )
-    return draft_heads
-
-
-def _load_model(folder: Path, dtype: str, verify: bool) -> MiMoModel:
-    # `load_model` refuses other words.
-    return load_model(folder, dtype=cast(LoadDtype, dtype), verify=verify)
-
-
-def _load_tokenizer(folder: Path) -> TextCodec | None:
-    """The tokenizer beside the weights; None for a folder without one, which then takes token ids only."""
-    return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return draft_heads, False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,63 +11,84 @@ import numpy.typing as npt
 
 from openmimo.errors import RequestError
 
+NO_BIAS: Mapping[int, float] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to continue a prompt.
 
-    `temperature` 0 is greedy decoding, with MTP drafts; above 0 tokens are sampled one at a time, without drafts.
-    `top_k` 0 and `top_p` 1 keep the whole vocabulary. `stop_token_ids` come on top of the model's and the
-    tokenizer's end tokens, which `ignore_eos` switches off. With `seed`, prompt i of a call draws from a stream of
-    its own made of `seed + i`, whatever runs beside it. `logprobs` and `routed_experts` ask for those records.
+    `temperature` 0 is greedy decoding. Above 0, a token is drawn from what is left of the distribution after, in this
+    order: penalties and `logit_bias`, temperature, `top_k` (0 keeps all), `top_p` (1 keeps all; the token that crosses
+    it is kept) and `min_p` (tokens at least that share of the most probable one). `repetition_penalty` counts prompt
+    and answer, `presence_penalty` and `frequency_penalty` the answer alone.
+    `stop_token_ids` come on top of the model's and the tokenizer's end tokens, which `ignore_eos` switches off; `stop`
+    are texts that end the answer. `n` answers are written to every prompt. With `seed`, prompt i of a call draws from
+    a stream of its own made of `seed + i`: the number for a token depends on that, the answer and the token's position
+    alone, whatever runs beside it and whether or not it was drafted.
+    `logprobs` and `routed_experts` ask for those records, `top_logprobs` for that many alternatives to each token.
     Raises: RequestError on values that make no sense.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
     max_tokens: int = 64
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    n: int = 1
     logprobs: bool = False
+    top_logprobs: int = 0
     routed_experts: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature={self.temperature} must be 0 (greedy) or a number above it")
-        if not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all tokens)")
-        if self.top_k < 0:
-            raise RequestError(f"top_k={self.top_k} must be 0 (keep all tokens) or more")
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens={self.max_tokens} must be at least 1")
-        if any(token < 0 for token in self.stop_token_ids):
-            raise RequestError(f"stop_token_ids={self.stop_token_ids} must be token ids of 0 or more")
+        _demand("temperature", self.temperature, 0.0 <= self.temperature < math.inf, "0 (greedy) or a number above it")
+        _demand("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (1 keeps all tokens)")
+        _demand("top_k", self.top_k, self.top_k >= 0, "0 (keep all tokens) or more")
+        _demand("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "from 0 (keep all tokens) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _demand(name, getattr(self, name), math.isfinite(getattr(self, name)), "a finite number (0 is none)")
+        penalty = self.repetition_penalty
+        _demand("repetition_penalty", penalty, 0.0 < penalty < math.inf, "above 0 (1 is none)")
+        finite = all(math.isfinite(bias) for bias in self.logit_bias.values())
+        _demand("logit_bias", dict(self.logit_bias), finite, "finite numbers by token id")
+        _demand("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _demand("n", self.n, self.n >= 1, "at least 1")
+        _demand("top_logprobs", self.top_logprobs, self.top_logprobs >= 0, "0 or more")
+        ids = (*self.stop_token_ids, *self.logit_bias)
+        _demand("stop_token_ids or logit_bias", ids, all(token >= 0 for token in ids), "token ids of 0 or more")
+        _demand("stop", self.stop, all(self.stop), "texts that are not empty")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt with its options; `index` is its place in the call, from 0."""
-
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    index: int = 0
+    @property
+    def penalized(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class DraftStats:
     """What verification made of the drafts: `histogram[n]` steps emitted n + 1 tokens, n of them drafts.
 
-    The prompt's own forward pass, which gives the first token, is not a step. Tokens after a stop token do not
-    count; a step that `max_tokens` cut short counts in full. Plain decoding has `histogram == (num_steps,)`.
+    `proposed[head]` steps verified a draft of that head; empty means all steps did. The prompt's own forward passes,
+    which give the first token, are not steps. Tokens after a stop token do not count; a step that `max_tokens` cut
+    short counts in full. Plain decoding has `histogram == (num_steps,)`.
+    `draft_seconds` and `verify_seconds` are the answer's share, by tokens, of the time of head passes and of all else.
     """
 
     histogram: tuple[int, ...] = ()
+    proposed: tuple[int, ...] = field(default=(), compare=False)
+    draft_seconds: float = field(default=0.0, compare=False)
+    verify_seconds: float = field(default=0.0, compare=False)
 
     @property
     def num_steps(self) -> int:
@@ -75,55 +97,79 @@ class DraftStats:
     @property
     def acceptance_length(self) -> float:
         """Mean tokens per step, 1 to 1 + heads; 1.0 when there was no step."""
-        return 1.0 + sum(self.per_head)
+        kept = sum(count * number for number, count in enumerate(self.histogram))
+        return 1.0 + kept / max(1, self.num_steps)
 
     @property
     def per_head(self) -> tuple[float, ...]:
-        """For each head, the share of steps in which its draft was kept."""
-        steps = max(1, self.num_steps)
-        return tuple(sum(self.histogram[head + 1 :]) / steps for head in range(len(self.histogram) - 1))
+        """For each head, the share of the steps with its draft in which the draft was kept."""
+        proposed = self.proposed or (self.num_steps,) * (len(self.histogram) - 1)
+        return tuple(sum(self.histogram[head + 1 :]) / max(1, steps) for head, steps in enumerate(proposed))
 
     @staticmethod
     def merge(stats: Iterable[DraftStats]) -> DraftStats:
         """The statistics of all steps together."""
-        histograms = [each.histogram for each in stats]
-        length = max(map(len, histograms), default=0)
-        return DraftStats(tuple(sum(h[i] for h in histograms if i < len(h)) for i in range(length)))
+        parts = list(stats)
+        return DraftStats(
+            histogram=_added([each.histogram for each in parts]),
+            proposed=_added([each.proposed or (each.num_steps,) * (len(each.histogram) - 1) for each in parts]),
+            draft_seconds=sum(each.draft_seconds for each in parts),
+            verify_seconds=sum(each.verify_seconds for each in parts),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The continuation of one prompt.
+    """One answer to one prompt; `choice` counts the answers to the same prompt from 0.
 
-    `token_ids` ends with the stop token when there was one; `text` leaves it out (and is "" without a tokenizer).
-    `logprobs`, one per token, are those of the distribution that was sampled from (temperature, top-k and top-p
-    applied); for greedy decoding those of the model at temperature 1.
+    `token_ids` ends with the stop token when there was one; `text` leaves it out, and a stop text and what follows it
+    (and is "" without a tokenizer).
+    `logprobs`, one per token, are those of the distribution that was drawn from, all options applied; for greedy
+    decoding those at temperature 1, after penalties and bias. `top_logprobs` has the most probable tokens of that
+    distribution for each token, best first.
     `routed_experts` has shape (prompt + completion - 1, sparse layers, k): row i is what token i of the prompt and
     completion chose; the last token was never fed, so it has none. Every row is valid.
-    `finish_reason` is "stop" (a stop token) or "length" (`max_tokens` or the model's last position).
+    `finish_reason` is "stop" (a stop token or text) or "length" (`max_tokens`, or no positions or pages left).
+    `num_cached_tokens` of the prompt came from the prefix cache or from another choice.
     """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
+    choice: int = 0
     logprobs: tuple[float, ...] | None = None
-    routed_experts: npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | None = None
+    top_logprobs: tuple[dict[int, float], ...] | None = None
+    routed_experts: npt.NDArray[np.uint8 | np.uint16] | None = None
     draft: DraftStats = field(default_factory=DraftStats)
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamEvent:
     """The tokens of one step: `pieces[i]` is the text that token i completed, `drafted[i]` the head that proposed it.
 
-    A piece is "" while a character is incomplete. `drafted[i]` is None for tokens the main model chose itself.
-    `completion` is set on the last event only.
+    A piece is "" while a character is incomplete or could still belong to a stop text. `drafted[i]` is None for tokens
+    the main model chose itself. `completion` is set on the answer's last event only.
     """
 
     token_ids: tuple[int, ...]
     pieces: tuple[str, ...]
     drafted: tuple[int | None, ...]
     completion: Completion | None = None
+    request_id: int = 0
+    choice: int = 0
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+
+def _added(rows: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The sum of tuples place by place, short ones filled with 0."""
+    length = max(map(len, rows), default=0)
+    return tuple(sum(row[place] for row in rows if place < len(row)) for place in range(length))
+
+
+def _demand(name: str, value: object, fine: bool, expected: str) -> None:
+    if not fine:
+        raise RequestError(f"{name}={value} must be {expected}")

@@ -24,7 +24,7 @@ PAGE_TOKENS = 64
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
-Routes = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Routes = npt.NDArray[np.uint8 | np.uint16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,126 +1,158 @@
-"""One request while it is being decoded, and the incremental way back to text."""
+"""One answer while it is being decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from openmimo.engine.request import Completion, DraftStats, Request
-
-INCOMPLETE = "\ufffd"
-# Bytes that never become a character (a model gone astray) are shown after this many tokens.
-MOST_PENDING = 32
-
-
-class TextCodec(Protocol):
-    """The part of `openmimo.text.Tokenizer` that the engine needs."""
-
-    @property
-    def eos_token_ids(self) -> Sequence[int]: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+from openmimo.engine.blocks import BlockManager, PageTable
+from openmimo.engine.penalties import LogitAdjuster
+from openmimo.engine.prefix import PrefixEntry
+from openmimo.engine.request import Completion, DraftStats, SamplingParams
+from openmimo.engine.runner import Routes
+from openmimo.engine.text import AnswerText, TextCodec
 
 
-class RunningSequence:
-    """What has been decoded of one request, until `finish_reason` is set.
+class Sequence:
+    """Prompt and answer so far, what of it the cache holds, and the answer's records.
 
-    `limit` is the most tokens it may emit; `stop_ids` end it.
+    `ids` ends with the newest token, which is chosen but not fed; the cache holds the first `num_cached`. A sequence
+    with more than one id missing from the cache is in its prompt (or is computed again after a preemption). `limit` is
+    the most ids there may be; `stop_ids` end the answer. `drafts` are the proposals for the ids after the newest.
+    `head_start` is the first position that the MTP heads have not run over with true ids (before the drafts do).
     """
 
-    def __init__(self, request: Request, *, limit: int, stop_ids: frozenset[int], num_drafts: int) -> None:
-        self.request = request
-        self.limit = limit
-        self.stop_ids = stop_ids
-        self.token_ids: list[int] = []
+    __slots__ = (
+        "acceptance",
+        "adaptive",
+        "adjuster",
+        "choice",
+        "draft_limit",
+        "draft_seconds",
+        "drafts",
+        "entry",
+        "finish_reason",
+        "head_start",
+        "histogram",
+        "ids",
+        "is_plain",
+        "limit",
+        "logprobs",
+        "num_cached",
+        "num_drafts",
+        "num_prompt",
+        "num_reused",
+        "num_routed",
+        "params",
+        "proposed",
+        "random_state",
+        "request_id",
+        "routes",
+        "row",
+        "siblings",
+        "stop_ids",
+        "table",
+        "text",
+        "tokens_since_draft",
+        "top_logprobs",
+        "verify_seconds",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        *,
+        blocks: BlockManager,
+        request_id: int,
+        choice: int,
+        limit: int,
+        stop_ids: frozenset[int],
+        random_state: int,
+        draft_limit: int,
+        adaptive: bool,
+        routes: Routes,
+        codec: TextCodec | None,
+    ) -> None:
+        self.params = params
+        self.ids = list(prompt_ids)
+        self.num_prompt = len(prompt_ids)
+        self.request_id, self.choice = request_id, choice
+        self.limit, self.stop_ids = limit, stop_ids
+        self.random_state = random_state
+        self.table = PageTable(blocks)
+        self.row = -1
+        self.num_cached = 0
+        self.num_reused = 0
+        self.head_start = 0
+        self.entry: PrefixEntry | None = None
+        self.siblings: list[Sequence] = []
+        self.text = AnswerText(codec, params.stop)
+        adjusted = params.penalized or bool(params.logit_bias)
+        self.adjuster = LogitAdjuster(params, self.ids) if adjusted else None
+        self.is_plain = params.greedy and not adjusted and not params.logprobs and not params.top_logprobs
+        self.draft_limit, self.adaptive = draft_limit, adaptive
+        self.drafts: list[int] = []
+        self.num_drafts = 0 if adaptive else draft_limit
+        self.tokens_since_draft = 0
+        self.acceptance: list[float] = []
+        self.histogram = [0] * (draft_limit + 1)
+        self.proposed = [0] * draft_limit
+        self.draft_seconds = self.verify_seconds = 0.0
         self.logprobs: list[float] = []
-        self.routes: list[npt.NDArray[np.uint8]] = []
-        self.histogram = [0] * (num_drafts + 1)
+        self.top_logprobs: list[dict[int, float]] = []
+        self.routes = routes
+        self.num_routed = 0
         self.finish_reason: str | None = None
-        self.uniforms = [] if request.params.greedy else _uniforms(request, limit)
 
     @property
-    def next_uniform(self) -> float:
-        """The random number for the next token; any value once the sequence is finished."""
-        return self.uniforms[min(len(self.token_ids), self.limit - 1)]
+    def num_answered(self) -> int:
+        return len(self.ids) - self.num_prompt
 
-    def take_first(self, token: int) -> list[int]:
-        """Accept the token that the prompt's forward pass gave."""
-        return self._append([token])
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer so far."""
+        return self.ids[self.num_prompt :]
 
-    def take_step(self, tokens: list[int]) -> list[int]:
-        """Accept what a step emitted; returns the tokens that count before a stop or the limit."""
-        emitted = len(tokens)
-        for place, token in enumerate(tokens):
-            if token in self.stop_ids:
-                emitted = place + 1
+    def append(self, tokens: list[int]) -> int:
+        """Take chosen tokens until one ends the answer; returns how many were taken."""
+        taken = 0
+        for token in tokens:
+            self.ids.append(token)
+            taken += 1
+            if self.adjuster is not None:
+                self.adjuster.add(token)
+            if token in self.stop_ids or (self.text.watches and self.text.push(token)):
+                self.finish_reason = "stop"
+            elif len(self.ids) >= self.limit:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
                 break
-        self.histogram[emitted - 1] += 1
-        return self._append(tokens[:emitted])
+        return taken
 
-    def _append(self, tokens: list[int]) -> list[int]:
-        tokens = tokens[: self.limit - len(self.token_ids)]
-        self.token_ids += tokens
-        if tokens[-1] in self.stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.limit:
-            self.finish_reason = "length"
-        return tokens
+    def record_routes(self, start: int, routes_TLk: Routes) -> None:
+        """Keep the experts of the tokens from position `start` on; what is known already stays."""
+        end = start + len(routes_TLk)
+        if end > len(self.routes):
+            spare = np.zeros((max(end - len(self.routes), len(self.routes)), *routes_TLk.shape[1:]), routes_TLk.dtype)
+            self.routes = np.concatenate((self.routes, spare))
+        if end > self.num_routed:
+            self.routes[self.num_routed : end] = routes_TLk[self.num_routed - start :]
+            self.num_routed = end
 
-    @property
-    def shown_ids(self) -> list[int]:
-        """The tokens that make up the text: all but a final stop token."""
-        return self.token_ids[:-1] if self.finish_reason == "stop" else self.token_ids
-
-    def complete(self, codec: TextCodec | None) -> Completion:
+    def complete(self) -> Completion:
         """The finished record."""
         assert self.finish_reason is not None
-        count, num_fed = len(self.token_ids), len(self.request.prompt_ids) + len(self.token_ids) - 1
+        params = self.params
+        routes = self.routes[: len(self.ids) - 1].copy() if params.routed_experts else None
+        ended_by_token = self.ids[-1] in self.stop_ids
         return Completion(
             token_ids=tuple(self.token_ids),
-            text="" if codec is None else codec.decode(self.shown_ids),
+            text=self.text.final(self.token_ids[:-1] if ended_by_token else self.token_ids),
             finish_reason=self.finish_reason,
-            logprobs=tuple(self.logprobs[:count]) if self.request.params.logprobs else None,
-            routed_experts=np.concatenate(self.routes)[:num_fed] if self.routes else None,
-            draft=DraftStats(tuple(self.histogram)),
+            choice=self.choice,
+            logprobs=tuple(self.logprobs) if params.logprobs else None,
+            top_logprobs=tuple(self.top_logprobs) if params.top_logprobs else None,
+            routed_experts=routes,
+            draft=DraftStats(tuple(self.histogram), tuple(self.proposed), self.draft_seconds, self.verify_seconds),
+            num_cached_tokens=self.num_reused,
         )
-
-
-class Detokenizer:
-    """Text of a growing token list, token by token, without ever showing half a character."""
-
-    def __init__(self, codec: TextCodec | None) -> None:
-        self.codec = codec
-        self.pending: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that this token completes."""
-        if self.codec is None:
-            return ""
-        self.pending.append(token)
-        text = self.codec.decode(self.pending)
-        if text.endswith(INCOMPLETE) and len(self.pending) < MOST_PENDING:
-            return ""
-        self.pending.clear()
-        return text
-
-    def flush(self) -> str:
-        """The text of tokens still held back."""
-        text = "" if self.codec is None or not self.pending else self.codec.decode(self.pending)
-        self.pending.clear()
-        return text
-
-
-def _uniforms(request: Request, count: int) -> list[float]:
-    """Every random number of a request in advance, so that what runs beside it changes nothing."""
-    generator = torch.Generator()
-    if request.params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(request.params.seed + request.index)
-    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()

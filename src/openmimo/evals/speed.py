@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from openmimo.engine import Completion, DraftStats, Engine, SamplingParams
-from openmimo.engine.engine import Prompt
+from openmimo.engine import Completion, DraftStats, Engine, Prompt, SamplingParams
 from openmimo.errors import RequestError
 
 
@@ -37,8 +36,7 @@ def measure_draft_speed(
 ) -> SpeedReport:
     """Decode the prompts greedily, plain and drafted in turns, so that a slow spell of the machine hits both.
 
-    Plain decoding is the fastest this engine has: one token row per step, no MTP heads. Because its steps are
-    narrower, rounding may resolve a near tie differently; `identical` says whether that happened.
+    Plain decoding feeds one token per step and runs no MTP heads. `identical` says whether both wrote the same.
     Raises: RequestError if the engine drafts with no heads, or there is nothing to measure.
     """
     if engine.draft_heads == 0 or num_rounds < 1 or max_tokens < 2 or not prompts:
@@ -46,7 +44,7 @@ def measure_draft_speed(
             f"draft_heads={engine.draft_heads}, num_rounds={num_rounds}, max_tokens={max_tokens} and "
             f"{len(prompts)} prompts; a speed comparison needs at least 1, 1, 2 and 1"
         )
-    plain = engine.with_drafts(0, uniform_steps=False)
+    plain = engine.with_drafts(0)
     params = SamplingParams(max_tokens=max_tokens)
     plain_speeds: list[float] = []
     draft_speeds: list[float] = []

@@ -7,6 +7,7 @@ C tokens per block of the windowed form, N number of blocks, L keys that one blo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class AttentionPlan:
     `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per block, for
     cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries.
     With `first_key_BT`, the first key that each query sees, the fused kernel runs and there are no masks at all.
+    A caller that keeps the keys itself brings `attend_cached`: (q_BTHK, k_BTGK, v_BTGV, sink_H) -> (B, T, H, V).
     """
 
     kind: AttentionKind
@@ -45,6 +47,7 @@ class AttentionPlan:
     block_tokens: int = 0
     cached: bool = False
     first_key_BT: Tensor | None = None
+    attend_cached: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -73,6 +76,8 @@ class Attention(nn.Module):
         q_BTHK = rotate(q.unflatten(-1, (g.num_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
         k_BTGK = rotate(k.unflatten(-1, (g.num_kv_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
         v_BTGV = v.unflatten(-1, (g.num_kv_heads, g.v_head_dim)) * self.value_scale
+        if plan.attend_cached is not None:
+            return self.o_proj(plan.attend_cached(q_BTHK, k_BTGK, v_BTGV, self.attention_sink_bias).flatten(-2))
         if cache is not None:
             cache.write(k_BTGK, v_BTGV)
         if plan.cached:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from openmimo.config.model import ModelConfig, preset
 from openmimo.engine import Engine, SamplingParams
-from openmimo.engine.speculate import Drafter
-from openmimo.model import Cache, MiMoModel, build_model
+from openmimo.engine.runner import Int32
+from openmimo.engine.torch_runner import TorchRunner
+from openmimo.model import MiMoModel, build_model
 
 VOCAB = 320
 EOS = 256
@@ -74,32 +75,36 @@ def plain_tokens(model: MiMoModel, prompts: list[list[int]], max_tokens: int) ->
     return texts
 
 
-Change = Callable[[int, Tensor], Tensor]
+Change = Callable[[int, np.ndarray], np.ndarray]
 
 
 def plant_drafts(
     monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], texts: Sequence[Sequence[int]], change: Change
 ) -> list[tuple[list[int], list[int]]]:
-    """Replace what is verified by the true continuation after `change(step, true_BK)`; heads still run.
+    """Replace what is verified by the true continuation after `change(step, true_SK)`; heads still run.
 
     Row b must hold prompt b. Returns a list that collects the positions of the newest tokens and the real drafts
     of every row, for every step.
     """
     record: list[tuple[list[int], list[int]]] = []
-    genuine = Drafter.draft
+    genuine = TorchRunner.draft
 
-    def draft(self: Drafter, last_B: Tensor, cache: Cache) -> Tensor:
-        drafts_BK = genuine(self, last_B, cache)
-        positions = cache.length_B.tolist()
-        record.extend(([row, position], drafts_BK[row].tolist()) for row, position in enumerate(positions))
+    def draft(self: TorchRunner, rows_S: Int32, lengths_S: Int32, tokens_SW: Int32) -> Int32:
+        drafts_SK = genuine(self, rows_S, lengths_S, tokens_SW)
         true = []
-        for prompt, text, position in zip(prompts, texts, positions, strict=True):
-            place = position - len(prompt) + 1
-            true.append([*text, *[0] * 8][place : place + self.num_drafts])
-        return change(len(record), torch.tensor(true))
+        for row, length, drafts in zip(rows_S.tolist(), lengths_S.tolist(), drafts_SK.tolist(), strict=True):
+            record.append(([row, length], drafts))
+            place = length - len(prompts[row]) + 1
+            true.append([*texts[row], *[0] * 8][place : place + drafts_SK.shape[1]])
+        return change(len(record), np.array(true, dtype=np.int32))
 
-    monkeypatch.setattr(Drafter, "draft", draft)
+    monkeypatch.setattr(TorchRunner, "draft", draft)
     return record
+
+
+def make_engine(model: MiMoModel, draft_heads: int | str = 3, **options: object) -> Engine:
+    """A PyTorch engine with a fixed number of drafts."""
+    return Engine(model, runner="torch", draft_heads=draft_heads, **options)
 
 
 def generate_ids(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 import pytest
-from engine_fakes import ByteCodec, generate_ids, plant_drafts, small_model
+from engine_fakes import ByteCodec, generate_ids, make_engine, plant_drafts, small_model
 from rich.console import Console
 
 from openmimo.cli.chat import ChatSession, parse_draft_heads, printable
@@ -28,7 +28,7 @@ def talk(
     monkeypatch: pytest.MonkeyPatch, lines: Sequence[str | type[BaseException]], *, terminal: bool = False, **options
 ) -> tuple[str, ChatSession, PlainTemplate]:
     """Run a session on the given input; an exception type in the lines is raised at the prompt."""
-    engine = Engine(small_model(max_positions=200), tokenizer=ByteCodec())
+    engine = make_engine(small_model(max_positions=200), tokenizer=ByteCodec())
     console = Console(file=io.StringIO(), force_terminal=terminal, highlight=False, width=200)
     remaining = [*lines, EOFError]
 
@@ -104,8 +104,8 @@ def test_a_conversation_that_no_longer_fits_is_an_answer_not_a_crash(monkeypatch
 def test_drafted_tokens_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches colours of the wrong head: token i of a window comes from head i."""
     prompt = list(b"hello")
-    text = generate_ids(Engine(small_model(max_positions=200)), [prompt], 9)[0]
-    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_BK: true_BK)
+    text = generate_ids(make_engine(small_model(max_positions=200)), [prompt], 9)[0]
+    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_SK: true_SK)
     name_tokens(monkeypatch)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

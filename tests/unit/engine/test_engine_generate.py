@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_fakes import EOS, ByteCodec, awkward_prompts, generate_ids, plant_drafts, small_config, small_model
+from engine_fakes import (
+    EOS,
+    ByteCodec,
+    awkward_prompts,
+    generate_ids,
+    make_engine,
+    plant_drafts,
+    small_config,
+    small_model,
+)
 
 from openmimo.engine import DraftStats, Engine, SamplingParams, resolve_model_folder
-from openmimo.engine.sequence import MOST_PENDING, Detokenizer
+from openmimo.engine.text import MOST_PENDING, Detokenizer
 from openmimo.errors import RequestError
 from openmimo.model import build_model
 
@@ -15,17 +24,17 @@ from openmimo.model import build_model
 def test_a_refilled_row_gives_what_the_prompt_gives_alone() -> None:
     """Catches a row that inherits its predecessor's keys, history or place in the results."""
     model, prompts = small_model(), awkward_prompts(7)[::-1]
-    alone = [generate_ids(Engine(model), [prompt], 9)[0] for prompt in prompts]
-    assert generate_ids(Engine(model, max_batch=3), prompts, 9) == alone
+    alone = [generate_ids(make_engine(model), [prompt], 9)[0] for prompt in prompts]
+    assert generate_ids(make_engine(model, max_batch=3), prompts, 9) == alone
 
 
 def test_logprobs_and_routes_are_those_of_a_whole_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches records of rejected drafts, of padding or of the neighbouring row, and rows off by one."""
     model, prompts = small_model(), awkward_prompts(5)
-    texts = generate_ids(Engine(model, draft_heads=0), prompts, 14)
-    plant_drafts(monkeypatch, prompts, texts, lambda step, true_BK: true_BK if step % 2 else (true_BK + 1) % 256)
+    texts = generate_ids(make_engine(model, 0), prompts, 14)
+    plant_drafts(monkeypatch, prompts, texts, lambda step, true_SK: true_SK if step % 2 else (true_SK + 1) % 256)
     params = SamplingParams(max_tokens=14, ignore_eos=True, logprobs=True, routed_experts=True)
-    for prompt, done in zip(prompts, Engine(model).generate(prompts, params), strict=True):
+    for prompt, done in zip(prompts, make_engine(model).generate(prompts, params), strict=True):
         with torch.inference_mode():
             output = model(torch.tensor([[*prompt, *done.token_ids[:-1]]]))
         expected = output.logits[0].log_softmax(-1)[len(prompt) - 1 :].gather(-1, torch.tensor(done.token_ids)[:, None])
@@ -39,13 +48,13 @@ def test_logprobs_and_routes_are_those_of_a_whole_forward_pass(monkeypatch: pyte
 def test_a_stop_token_inside_a_window_ends_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches tokens, records and statistics that go on behind the stop token."""
     model, prompt = small_model(), [1, 2, 3]
-    text = generate_ids(Engine(model, draft_heads=0), [prompt], 20)[0]
+    text = generate_ids(make_engine(model, 0), [prompt], 20)[0]
     place = next(i for i in range(2, 20) if i % 4 == 2 and text[i] not in text[:i])
-    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_BK: true_BK)
+    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_SK: true_SK)
     params = SamplingParams(
         max_tokens=20, stop_token_ids=(text[place],), ignore_eos=True, logprobs=True, routed_experts=True
     )
-    (done,) = Engine(model, tokenizer=ByteCodec()).generate([prompt], params)
+    (done,) = make_engine(model, tokenizer=ByteCodec()).generate([prompt], params)
     assert done.token_ids == text[: place + 1]
     assert done.finish_reason == "stop"
     assert done.text == ByteCodec().decode(text[:place])
@@ -59,39 +68,39 @@ def test_a_stop_token_inside_a_window_ends_the_text(monkeypatch: pytest.MonkeyPa
 def test_limits_cut_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches overshooting max_tokens or the model's last position, and a first token that is never checked."""
     model, prompt = small_model(max_positions=30), list(range(10))
-    text = generate_ids(Engine(model, draft_heads=0), [prompt], 20)[0]
+    text = generate_ids(make_engine(model, 0), [prompt], 20)[0]
     assert len(text) == 20
-    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_BK: true_BK)
+    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_SK: true_SK)
     for max_tokens, expected in ((1, 1), (2, 2), (7, 7), (100, 20)):
-        (done,) = Engine(model).generate([prompt], SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        (done,) = make_engine(model).generate([prompt], SamplingParams(max_tokens=max_tokens, ignore_eos=True))
         assert (done.token_ids, done.finish_reason) == (text[:expected], "length")
 
 
 def test_the_models_and_the_tokenizers_end_tokens_stop_unless_ignored() -> None:
     """Catches a chat that never ends."""
     model = small_model()
-    (free,) = Engine(model).generate([[4, 5]], SamplingParams(max_tokens=8, ignore_eos=True))
+    (free,) = make_engine(model).generate([[4, 5]], SamplingParams(max_tokens=8, ignore_eos=True))
     ending = build_model(small_config(eos_token_ids=(free.token_ids[2],)), seed=0)
     ending.load_state_dict(model.state_dict())
     expected = free.token_ids[: free.token_ids.index(free.token_ids[2]) + 1]
-    (done,) = Engine(ending).generate([[4, 5]], SamplingParams(max_tokens=8))
+    (done,) = make_engine(ending).generate([[4, 5]], SamplingParams(max_tokens=8))
     assert (done.token_ids, done.finish_reason) == (expected, "stop")
     codec = ByteCodec()
     codec.eos_token_ids = (free.token_ids[2],)
-    (done,) = Engine(model, tokenizer=codec).generate([[4, 5]], SamplingParams(max_tokens=8))
+    (done,) = make_engine(model, tokenizer=codec).generate([[4, 5]], SamplingParams(max_tokens=8))
     assert (done.token_ids, done.finish_reason) == (expected, "stop")
-    (done,) = Engine(ending, tokenizer=codec).generate([[4, 5]], SamplingParams(max_tokens=8, ignore_eos=True))
+    (done,) = make_engine(ending, tokenizer=codec).generate([[4, 5]], SamplingParams(max_tokens=8, ignore_eos=True))
     assert done.token_ids == free.token_ids
 
 
 def test_stream_gives_the_same_text_and_says_which_head_proposed_what(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches events that lose, repeat or mislabel tokens."""
     model, prompt = small_model(), list(b"hello")
-    engine = Engine(model, tokenizer=ByteCodec())
+    engine = make_engine(model, tokenizer=ByteCodec())
     text = generate_ids(engine, [prompt], 11)[0]
-    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_BK: true_BK)
+    plant_drafts(monkeypatch, [prompt], [text], lambda step, true_SK: true_SK)
     events = list(engine.stream("hello", SamplingParams(max_tokens=11, ignore_eos=True)))
-    assert [event.drafted for event in events] == [(None,), (0, 1, 2, None), (0, 1, 2, None), (0, 1)]
+    assert [event.drafted for event in events] == [(None,), (0, 1, 2, None), (0, 1, 2, None), (0, None)]
     assert sum((event.token_ids for event in events), ()) == text
     final = events[-1].completion
     assert final is not None
@@ -112,14 +121,14 @@ def test_sampling_is_reproducible_and_independent_of_the_batch() -> None:
     """Catches a random stream shared between rows, or one that depends on the company."""
     model, prompts = small_model(), awkward_prompts(6)
     params = SamplingParams(temperature=1.0, max_tokens=12, seed=7, ignore_eos=True)
-    together = [done.token_ids for done in Engine(model).generate(prompts, params)]
-    assert together == [done.token_ids for done in Engine(model, max_batch=2).generate(prompts, params)]
-    same = [done.token_ids for done in Engine(model).generate([prompts[0]] * 3, params)]
+    together = [done.token_ids for done in make_engine(model).generate(prompts, params)]
+    assert together == [done.token_ids for done in make_engine(model, max_batch=2).generate(prompts, params)]
+    same = [done.token_ids for done in make_engine(model).generate([prompts[0]] * 3, params)]
     assert same[0] == together[0]
     assert len(set(same)) == 3
     other = SamplingParams(temperature=1.0, max_tokens=12, seed=8, ignore_eos=True)
-    assert Engine(model).generate(prompts[:1], other)[0].token_ids != together[0]
-    assert Engine(model).generate(prompts[:1], params)[0].draft == DraftStats((11,))
+    assert make_engine(model).generate(prompts[:1], other)[0].token_ids != together[0]
+    assert make_engine(model, 0).generate(prompts[:1], params)[0].token_ids == together[0]
 
 
 def test_draft_statistics_add_up() -> None:
@@ -152,7 +161,7 @@ def test_senseless_options_are_refused(changes: dict[str, object], word: str) ->
 def test_senseless_prompts_and_engines_are_refused() -> None:
     """Catches an index error deep inside the model in place of a clear message."""
     model = small_model(max_positions=16)
-    engine = Engine(model)
+    engine = make_engine(model)
     for prompt, word in (([], "no tokens"), ([0] * 16, "16 positions"), ([EOS + 9999], "vocabulary"), ([-1], "vocab")):
         with pytest.raises(RequestError, match=word):
             engine.generate([prompt])
@@ -166,16 +175,17 @@ def test_senseless_prompts_and_engines_are_refused() -> None:
         Engine(model, max_batch=0)
     dense = small_model(layer_is_moe=(False,) * 6)
     with pytest.raises(RequestError, match="no sparse layers"):
-        Engine(dense).generate([[1]], SamplingParams(routed_experts=True))
+        make_engine(dense).generate([[1]], SamplingParams(routed_experts=True))
     assert engine.generate([]) == []
 
 
 def test_with_drafts_shares_the_model_and_leaves_the_original_alone() -> None:
-    engine = Engine(small_model())
-    plain = engine.with_drafts(0, uniform_steps=False)
-    assert (engine.draft_heads, plain.draft_heads, plain.uniform_steps, engine.uniform_steps) == (3, 0, False, True)
+    engine = make_engine(small_model())
+    plain = engine.with_drafts(0)
+    assert (engine.draft_heads, plain.draft_heads) == (3, 0)
     assert plain.runner is engine.runner
-    assert plain.with_drafts("auto").draft_heads == 3
+    auto = plain.with_drafts("auto")
+    assert (auto.draft_heads, auto.adaptive, plain.adaptive) == (3, True, False)
 
 
 def test_a_run_folder_resolves_to_its_model(tmp_path) -> None:
