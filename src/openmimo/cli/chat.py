@@ -28,7 +28,7 @@ def chat_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, or int8.")] = "bf16",
+    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, int8, fp8 or int4.")] = "bf16",
     runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:

@@ -25,7 +25,7 @@ def eval_command(
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
     max_batch: Annotated[int, typer.Option(help="Answers written at the same time.")] = 32,
     draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, or int8.")] = "bf16",
+    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, int8, fp8 or int4.")] = "bf16",
     runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,

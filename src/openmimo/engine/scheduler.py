@@ -159,13 +159,11 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, num_tokens: int, *, stop_others: bool) -> bool:
         """Make the places for the next tokens this sequence's own; False if it has to wait or was stopped itself."""
         table, start = sequence.table, sequence.num_cached
-        while True:
-            shared = table.is_shared(start)
-            if self._make_room(table.pages_missing(start + num_tokens) + shared):
-                break
-            if not stop_others or not self._stop_youngest(sequence):
-                return False
-            if sequence.row < 0:
+        # Evicting can also end the sharing, so what is needed is counted anew.
+        while table.pages_missing(start + num_tokens) + table.is_shared(start) > len(self.blocks.free_pages):
+            if self.prefix is not None and self.prefix.evict():
+                continue
+            if not stop_others or not self._stop_youngest(sequence) or sequence.row < 0:
                 return False
         if table.is_shared(start):
             table.make_own(start, self.runner.copy_page)
