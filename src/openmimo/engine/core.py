@@ -334,8 +334,8 @@ class EngineCore:
         others: list[Sequence] = []
         num_answers = 0
         for sequence in self.scheduler.running:
-            if len(sequence.ids) - sequence.num_cached != 1:
-                continue
+            if len(sequence.ids) - sequence.num_cached != 1 or sequence.num_answered == 0:
+                continue  # still in its prompt, whose end others may have to take up
             num_answers += 1
             if sequence.draft_limit and sequence.limit - len(sequence.ids) > 1:
                 (adaptive if sequence.adaptive else others).append(sequence)

@@ -34,9 +34,10 @@ class Engine:
     `runner` is "native" (C++), "torch", or "auto": native where its extension is installed. `weights` is the format of
     the weights in memory, one of the runner's; a model given as an object keeps its own in the torch runner.
     At most `max_batch` answers are written at once; a step feeds at most `step_tokens` tokens, of prompts at most
-    `chunk_tokens`. `cache_tokens` positions of global layers are kept, by default as many as all answers could need,
-    within 1 GiB. `prefix_cache_bytes` is the limit of the prefix cache, 0 for none. `verify` checks every file against
-    the folder's sha256 manifest before loading.
+    `chunk_tokens`. `cache_tokens` positions of global layers are kept, by default as many as answers and prefix cache
+    could use, within 1 GiB. `prefix_cache_bytes` is the limit of the prefix cache, 0 for none; it takes copies at the
+    ends of prompts and answers and every `snapshot_tokens` of a prompt. `verify` checks every file against the folder's
+    sha256 manifest before loading.
     Raises: RequestError on unusable options, CheckpointError when the folder cannot be loaded.
     """
 
@@ -64,6 +65,7 @@ class Engine:
             max_batch=max_batch,
             step_tokens=step_tokens,
             cache_tokens=cache_tokens,
+            prefix_cache_bytes=prefix_cache_bytes,
             threads=threads,
         )
         if snapshot_tokens < 1 or prefix_cache_bytes < 0 or (chunk_tokens is not None and chunk_tokens < 1):

@@ -34,6 +34,7 @@ class RunnerOptions:
     max_batch: int
     step_tokens: int
     cache_tokens: int | None
+    prefix_cache_bytes: int
     threads: int | None
 
     def __post_init__(self) -> None:
@@ -47,14 +48,15 @@ class RunnerOptions:
             raise RequestError(f"cache_tokens={self.cache_tokens} must be at least 2")
 
     def num_pages(self, config: ModelConfig) -> int:
-        """Pages for `cache_tokens`, or for as many tokens as all answers could have, within DEFAULT_PAGE_BYTES."""
+        """Pages for `cache_tokens`, or for all that answers and prefix cache could use, within DEFAULT_PAGE_BYTES."""
         if self.cache_tokens is not None:
             return -(-self.cache_tokens // PAGE_TOKENS)
         full = config.global_attention
         layers = sum(kind is AttentionKind.GLOBAL for kind in config.layer_kinds)
         values = layers * PAGE_TOKENS * full.num_kv_heads * (full.qk_head_dim + full.v_head_dim)
-        affordable = DEFAULT_PAGE_BYTES // max(1, values * (4 if self.weights == "float32" else 2))
-        return max(1, min(self.max_batch * -(-config.max_positions // PAGE_TOKENS), affordable))
+        page_bytes = max(1, values * (4 if self.weights == "float32" else 2))
+        useful = self.max_batch * -(-config.max_positions // PAGE_TOKENS) + self.prefix_cache_bytes // page_bytes
+        return max(1, min(useful, DEFAULT_PAGE_BYTES // page_bytes))
 
 
 def open_runner(source: Path | MiMoModel | Runner, options: RunnerOptions) -> Runner:
