@@ -6,6 +6,7 @@ Suffixes: M rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from openmimo.engine.runner import Float32
 Float64 = npt.NDArray[np.float64]
 UInt64 = npt.NDArray[np.uint64]
 
+# Weights are added up in blocks of this many.
+BLOCK = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -57,13 +60,14 @@ class Choices:
     """
 
     tokens_M: npt.NDArray[np.int64]
-    weights_MV: Float64
+    weights_MV: Float32
     totals_M: Float64
 
     def logprobs(self, start: int, count: int) -> list[float]:
         """Log-probabilities of the tokens of some rows."""
         rows = np.arange(start, start + count)
-        return np.log(self.weights_MV[rows, self.tokens_M[rows]] / self.totals_M[rows]).tolist()
+        chosen = self.weights_MV[rows, self.tokens_M[rows]].astype(np.float64)
+        return np.log(chosen / self.totals_M[rows]).tolist()
 
     def top_logprobs(self, row: int, count: int) -> dict[int, float]:
         """The most probable tokens of one row, best first; fewer than `count` if fewer are possible."""
@@ -71,7 +75,7 @@ class Choices:
         count = min(count, len(weights_V))
         best = np.argpartition(-weights_V, count - 1)[:count]
         best = best[np.lexsort((best, -weights_V[best]))]
-        return {int(i): float(np.log(weights_V[i] / self.totals_M[row])) for i in best if weights_V[i] > 0}
+        return {int(i): math.log(float(weights_V[i]) / self.totals_M[row]) for i in best if weights_V[i] > 0}
 
 
 def greedy(logits_MV: Float32) -> list[int]:
@@ -85,46 +89,78 @@ def choose(logits_MV: Float32, options: RowOptions) -> Choices:
     Rows with temperature 0 take the most probable token, and weigh all tokens at temperature 1.
     """
     is_greedy_M = options.temperature_M == 0.0
-    temperature_M = np.where(is_greedy_M, 1.0, options.temperature_M)
+    scale_M = (1.0 / np.where(is_greedy_M, 1.0, options.temperature_M)).astype(np.float32)
     top_M1 = logits_MV.max(axis=1, keepdims=True)
-    weights_MV = np.exp((logits_MV.astype(np.float64) - top_M1) / temperature_M[:, None])
-    _filter(logits_MV, weights_MV, options, ~is_greedy_M)
-    cumulative_MV = weights_MV.cumsum(axis=1)
-    totals_M = cumulative_MV[:, -1].copy()
-    # A target below the total, and `<=`, skip tokens of weight 0, whose sum equals their predecessor's.
-    target_M = np.minimum(uniforms(options.states_M, options.positions_M) * totals_M, np.nextafter(totals_M, 0.0))
-    drawn_M = (cumulative_MV <= target_M[:, None]).sum(axis=1)
-    tokens_M = np.where(is_greedy_M, logits_MV.argmax(axis=1), drawn_M)
-    return Choices(tokens_M, weights_MV, totals_M)
+    weights_MV = logits_MV - top_M1
+    weights_MV *= scale_M[:, None]
+    np.exp(weights_MV, out=weights_MV)
+    _filter(logits_MV, weights_MV, options, is_greedy_M)
+    numbers_M = uniforms(options.states_M, options.positions_M)
+    drawn_M, totals_M = _invert(weights_MV, numbers_M)
+    if is_greedy_M.any():
+        drawn_M = np.where(is_greedy_M, logits_MV.argmax(axis=1), drawn_M)
+    return Choices(drawn_M, weights_MV, totals_M)
 
 
-def _filter(logits_MV: Float32, weights_MV: Float64, options: RowOptions, sampled_M: npt.NDArray[np.bool_]) -> None:
+def _invert(weights_MV: Float32, numbers_M: Float64) -> tuple[npt.NDArray[np.int64], Float64]:
+    """The token at which the running sum of each row passes its number's share of the total; and the totals.
+
+    Sums of blocks come first, so only one block per row is added up token by token.
+    """
+    rows_M1 = np.arange(len(weights_MV))[:, None]
+    size = weights_MV.shape[1]
+    sums_MB = np.add.reduceat(weights_MV, np.arange(0, size, BLOCK), axis=1, dtype=np.float64)
+    ends_MB = sums_MB.cumsum(axis=1)
+    totals_M = ends_MB[:, -1].copy()
+    # A target below the total, and `<=`, skip what weighs 0: its sum equals its predecessor's.
+    target_M1 = np.minimum(numbers_M * totals_M, np.nextafter(totals_M, 0.0))[:, None]
+    block_M1 = (ends_MB <= target_M1).sum(axis=1, keepdims=True)
+    before_M1 = np.where(block_M1 > 0, ends_MB[rows_M1, np.maximum(block_M1 - 1, 0)], 0.0)
+    places_MC = block_M1 * BLOCK + np.arange(BLOCK)
+    inside_MC = weights_MV[rows_M1, np.minimum(places_MC, size - 1)].astype(np.float64)
+    inside_MC[places_MC >= size] = 0.0
+    count_M = (before_M1 + inside_MC.cumsum(axis=1) <= target_M1).sum(axis=1)
+    # Added in another order, the block may end a rounding error below the target: then its last possible token.
+    last_M = BLOCK - 1 - (inside_MC[:, ::-1] > 0).argmax(axis=1)
+    return block_M1[:, 0] * BLOCK + np.minimum(count_M, last_M), totals_M
+
+
+def _filter(logits_MV: Float32, weights_MV: Float32, options: RowOptions, is_greedy_M: npt.NDArray[np.bool_]) -> None:
     """Set the weights of what top-k, top-p and min-p leave out to 0."""
-    size = logits_MV.shape[1]
-    ranked = np.flatnonzero(sampled_M & ((options.top_k_M > 0) | (options.top_p_M < 1.0)))
-    if len(ranked):
-        logits_RV, weights_RV = logits_MV[ranked], weights_MV[ranked]
-        top_k_R, top_p_R = options.top_k_M[ranked], options.top_p_M[ranked]
-        kept_R = np.where(top_k_R > 0, np.minimum(top_k_R, size), size)
-        # Weights grow with logits, so sorting both keeps them together.
-        sorted_RV, mass_RV = np.sort(logits_RV, axis=1)[:, ::-1], np.sort(weights_RV, axis=1)[:, ::-1].copy()
-        mass_RV[np.arange(size) >= kept_R[:, None]] = 0.0
-        before_RV = np.zeros_like(mass_RV)
-        np.cumsum(mass_RV[:, :-1], axis=1, out=before_RV[:, 1:])
-        total_R = before_RV[:, -1] + mass_RV[:, -1]
-        within_R = (before_RV < (top_p_R * total_R)[:, None]).sum(axis=1)
-        kept_R = np.where(top_p_R < 1.0, np.minimum(kept_R, np.maximum(within_R, 1)), kept_R)
-        # The last kept value may occur more often than there is room for: the lowest ids stay.
-        last_R1 = sorted_RV[np.arange(len(ranked)), kept_R - 1][:, None]
-        above_RV, equal_RV = logits_RV > last_R1, logits_RV == last_R1
-        room_R1 = (kept_R - above_RV.sum(axis=1))[:, None]
-        keep_RV = above_RV | (equal_RV & (equal_RV.cumsum(axis=1) <= room_R1))
-        weights_MV[ranked] = np.where(keep_RV, weights_RV, 0.0)
-    relative = np.flatnonzero(sampled_M & (options.min_p_M > 0.0))
+    ranked_M = ((options.top_k_M > 0) | (options.top_p_M < 1.0)) & ~is_greedy_M
+    for row in np.flatnonzero(ranked_M).tolist():
+        top_k, top_p = int(options.top_k_M[row]), float(options.top_p_M[row])
+        kept = _most_probable(logits_MV[row], weights_MV[row], top_k, top_p)
+        values = weights_MV[row, kept]
+        weights_MV[row] = 0.0
+        weights_MV[row, kept] = values
+    relative = np.flatnonzero((options.min_p_M > 0.0) & ~is_greedy_M)
     if len(relative):
         # The most probable token weighs 1 and is always kept.
         weights_RV = weights_MV[relative]
-        weights_MV[relative] = np.where(weights_RV >= options.min_p_M[relative][:, None], weights_RV, 0.0)
+        weights_RV[weights_RV < options.min_p_M[relative][:, None]] = 0.0
+        weights_MV[relative] = weights_RV
+
+
+def _most_probable(logits_V: Float32, weights_V: Float32, top_k: int, top_p: float) -> npt.NDArray[np.int64]:
+    """The ids that top-k and top-p keep; the lowest of equals where not all fit.
+
+    Only ids whose weight is not small are sorted, if these suffice; the result is the same.
+    """
+    size = len(logits_V)
+    top_k = min(top_k, size) or size
+    total = float(weights_V.sum(dtype=np.float64))
+    ids = np.arange(0)
+    for least in (1e-3, 1e-6, 0.0):
+        ids = np.flatnonzero(weights_V >= least)
+        if len(ids) >= top_k or (top_k == size and weights_V[ids].sum(dtype=np.float64) > top_p * total):
+            break
+    ids = ids[np.argsort(-logits_V[ids], kind="stable")][:top_k]
+    if top_p < 1.0:
+        mass = weights_V[ids].astype(np.float64)
+        within = (mass.cumsum() - mass < top_p * (total if top_k == size else mass.sum())).sum()
+        ids = ids[: max(int(within), 1)]
+    return ids
 
 
 def random_state(seed: int, choice: int) -> int:
