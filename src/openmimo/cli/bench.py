@@ -46,9 +46,7 @@ def bench_command(
     ],
     model: Annotated[str, typer.Option(help="A preset (random weights), or a checkpoint or run folder.")] = "tiny",
     against: Annotated[str, typer.Option(help="Peers, comma-separated: transformers, llama.cpp.")] = "",
-    runner: Annotated[
-        str, typer.Option(help="This package's: auto, torch, native (bare, without scheduler) or none.")
-    ] = "auto",
+    runner: Annotated[str, typer.Option(help="This package's: auto, native, torch or none.")] = "auto",
     weights: Annotated[WeightsChoice, typer.Option(help="Number format of the weights.")] = WeightsChoice.BF16,
     batches: Annotated[str | None, typer.Option(help="Numbers of sequences, comma-separated.")] = None,
     contexts: Annotated[str | None, typer.Option(help="Tokens before decoding starts; prompt lengths.")] = None,

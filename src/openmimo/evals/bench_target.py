@@ -6,7 +6,6 @@ sequence: an engine that fed all sequences the same token would read the same ex
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from openmimo.engine import DraftStats, Engine, Runner, RunningBatch, SamplingParams
+from openmimo.engine import PAGE_TOKENS, DraftStats, Runner
 from openmimo.errors import RequestError, nearest
 
 TargetKind = Literal["openmimo", "transformers", "llama.cpp"]
@@ -93,69 +92,28 @@ def open_target(spec: TargetSpec) -> BenchTarget:
         return TransformersPeer(spec.path, dtype=_dtype(spec.weights), probe=spec.probe)
     if spec.kind != "openmimo":
         raise RequestError(f"no target {spec.kind!r}; {nearest(spec.kind, TARGET_KINDS)}")
-    if spec.runner == "native":
-        return _native_target(spec)
-    return EngineTarget(Engine(spec.path, runner=spec.runner, dtype=_dtype(spec.weights)))
+    return _own_target(spec)
 
 
-def _native_target(spec: TargetSpec) -> BenchTarget:
-    from openmimo.engine.native_runner import NativeRunner
+def _own_target(spec: TargetSpec) -> BenchTarget:
+    from openmimo.engine.loading import RunnerOptions, open_runner
     from openmimo.evals.runner_target import RunnerTarget
 
     def make(num_rows: int, num_pages: int) -> Runner:
-        return NativeRunner(
-            spec.path, weights=spec.weights, num_rows=num_rows, num_pages=num_pages, threads=spec.threads
+        options = RunnerOptions(
+            kind=spec.runner,
+            weights=spec.weights,
+            verify=False,
+            max_batch=num_rows,
+            step_tokens=max(512, num_rows),
+            cache_tokens=num_pages * PAGE_TOKENS,
+            prefix_cache_bytes=0,
+            threads=spec.threads,
         )
+        return open_runner(spec.path, options)
 
     return RunnerTarget(make)
 
 
 def _dtype(weights: Weights) -> str:
     return {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}[weights]
-
-
-class EngineTarget:
-    """This package's engine, with whatever runner it has."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.settings = type(engine.runner).__name__
-        self._batch: RunningBatch | None = None
-
-    def prefill(self, prompt: Sequence[int]) -> float:
-        batch, ids = self._open(1), list(prompt)
-        started = time.perf_counter()
-        batch.prefill(0, ids)
-        return time.perf_counter() - started
-
-    def start(self, prompts: Sequence[Sequence[int]], *, room: int) -> None:
-        self._batch = self._open(len(prompts))
-        for row, prompt in enumerate(prompts):
-            self._batch.prefill(row, list(prompt))
-
-    def decode(self, steps: Sequence[Sequence[int]]) -> float:
-        assert self._batch is not None, "start comes before decode"
-        steps_TB1 = torch.tensor(steps)[..., None]
-        one_B = torch.ones(steps_TB1.shape[1], dtype=torch.int64)
-        started = time.perf_counter()
-        for step_B1 in steps_TB1:
-            self._batch.verify(step_B1)
-            self._batch.commit(one_B)
-        return time.perf_counter() - started
-
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
-        engine = self.engine.with_drafts(num_drafts, uniform_steps=False)
-        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        started = time.perf_counter()
-        completions = engine.generate(prompts, params)
-        return Generation(
-            seconds=time.perf_counter() - started,
-            token_ids=tuple(completion.token_ids for completion in completions),
-            draft=DraftStats.merge(completion.draft for completion in completions),
-        )
-
-    def close(self) -> None:
-        self._batch = None
-
-    def _open(self, num_rows: int) -> RunningBatch:
-        return self.engine.runner.open_batch(num_rows, num_drafts=0, step_tokens=1)

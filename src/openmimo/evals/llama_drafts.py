@@ -3,7 +3,7 @@
 llama.cpp's own driver chains the heads: it feeds head k the hidden state that head k - 1 made, and token i + 1 to
 every head. MiMo's heads all take the main model's h_i, and head k the token i + 1 + k. This driver feeds them that,
 so that the peer drafts as well as the weights allow. Every pass of a head covers the last positions again, as in
-`engine.speculate`, because the entries made from drafts are provisional.
+`engine.runner`, because the entries made from drafts are provisional.
 
 Suffixes: N tokens of a pass, W positions of a head pass, D hidden.
 """
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from openmimo.engine.request import DraftStats
-from openmimo.engine.speculate import window_tokens
 from openmimo.errors import RequestError
 from openmimo.evals.llama_cpp import ContextOptions, Floats, LlamaContext, LlamaModel
 
@@ -92,7 +91,7 @@ class LlamaDrafter:
             histogram[kept - 1] += 1
             if self.num_drafts:
                 self.main.truncate(0, position + kept)
-                hidden_ND = np.concatenate((hidden_ND, self._hidden(kept)))[-window_tokens(self.num_drafts) :]
+                hidden_ND = np.concatenate((hidden_ND, self._hidden(kept)))[-max(1, 2 * self.num_drafts) :]
         return text[len(prompt) : len(prompt) + num_tokens], DraftStats(tuple(histogram))
 
     def close(self) -> None:
@@ -117,7 +116,7 @@ class LlamaDrafter:
         for head in range(self.num_drafts):
             shifted = [*prompt[head + 1 :], *prompt[: head + 1]]  # the last entries are replaced before they count
             self.heads.feed_head(head, shifted, hidden_ND, 0)
-        return hidden_ND[-window_tokens(self.num_drafts) :]
+        return hidden_ND[-max(1, 2 * self.num_drafts) :]
 
     def _draft(self, text: Sequence[int], hidden_WD: Floats) -> list[int]:
         """The heads' greedy proposals for the tokens after `text`, whose last token has not been fed."""

@@ -1,4 +1,4 @@
-"""A bench target for any `Runner`: rows, pages and flat tokens as the engine would hand them out."""
+"""A bench target for any `Runner`: bare steps as the engine would hand them out, and whole answers by the engine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from openmimo.engine import DraftStats, Runner, StepInput
+from openmimo.engine import DraftStats, Engine, Runner, SamplingParams, StepInput
 from openmimo.engine.runner import PAGE_TOKENS, Float32, Int32
-from openmimo.errors import RequestError
 from openmimo.evals.bench_target import Generation
 
 # What a runner is made for: its number of rows and of pages.
@@ -17,7 +16,7 @@ MakeRunner = Callable[[int, int], Runner]
 
 
 class RunnerTarget:
-    """Feeds prompts in chunks and steps of one token per row, without a scheduler or a sampler.
+    """Feeds prompts in chunks and steps of one token per row; only `generate` has a scheduler and a sampler.
 
     `make` builds the runner anew when a shape of work needs more rows or pages than the last one had.
     """
@@ -54,27 +53,15 @@ class RunnerTarget:
         return time.perf_counter() - started
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
-        """Plain greedy continuations; drafting is the engine's work. Raises: RequestError when drafts are asked for."""
-        if num_drafts:
-            raise RequestError("a bare runner does not draft; measure drafts with an engine that has this runner")
+        """Greedy continuations by the engine, which schedules, samples and drafts."""
+        self._reserve(len(prompts), max(map(len, prompts)) + num_tokens + self.runner.config.num_mtp_heads)
+        engine = Engine(self.runner, draft_heads=num_drafts, max_batch=len(prompts), prefix_cache_bytes=0)
         started = time.perf_counter()
-        self._reserve(len(prompts), max(map(len, prompts)) + num_tokens)
-        newest = [self._feed_prompt(row, np.array(prompt, np.int32)) for row, prompt in enumerate(prompts)]
-        texts = [[token] for token in newest]
-        rows_S = np.arange(len(prompts), dtype=np.int32)
-        ones_S = np.ones_like(rows_S)
-        lengths_S = np.array([len(prompt) for prompt in prompts], np.int32)
-        for _ in range(num_tokens - 1):
-            ids_S = np.array([text[-1] for text in texts], np.int32)
-            logits_SV = self._forward(ids_S, rows_S, lengths_S, ones_S, rows_S)
-            self.runner.commit(rows_S, ones_S)
-            lengths_S = lengths_S + 1
-            for text, token in zip(texts, logits_SV.argmax(1).tolist(), strict=True):
-                text.append(token)
+        completions = engine.generate(prompts, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
         return Generation(
             seconds=time.perf_counter() - started,
-            token_ids=tuple(map(tuple, texts)),
-            draft=DraftStats((len(prompts) * (num_tokens - 1),)),
+            token_ids=tuple(completion.token_ids for completion in completions),
+            draft=DraftStats.merge(completion.draft for completion in completions),
         )
 
     def close(self) -> None:
@@ -86,17 +73,15 @@ class RunnerTarget:
             self.runner = self._make(num_rows, num_rows * pages)
         self._tables = tuple(np.arange(row * pages, (row + 1) * pages, dtype=np.int32) for row in range(num_rows))
 
-    def _feed_prompt(self, row: int, ids_N: Int32) -> int:
-        """Append a prompt to an empty row in the largest chunks that the runner takes; returns the likeliest token."""
-        row_S, likeliest = np.array([row], np.int32), -1
+    def _feed_prompt(self, row: int, ids_N: Int32) -> None:
+        """Append a prompt to an empty row in the largest chunks that the runner takes."""
+        row_S = np.array([row], np.int32)
         for start in range(0, len(ids_N), self.runner.max_step_tokens):
             chunk_N = ids_N[start : start + self.runner.max_step_tokens]
             wanted = [len(chunk_N) - 1] if start + len(chunk_N) == len(ids_N) else []
             start_S, count_S = np.array([start], np.int32), np.array([len(chunk_N)], np.int32)
-            logits_MV = self._forward(chunk_N, row_S, start_S, count_S, np.array(wanted, np.int32))
+            self._forward(chunk_N, row_S, start_S, count_S, np.array(wanted, np.int32))
             self.runner.commit(row_S, count_S)
-            likeliest = int(logits_MV[-1].argmax()) if wanted else likeliest
-        return likeliest
 
     def _forward(self, ids_N: Int32, rows_S: Int32, starts_S: Int32, counts_S: Int32, logits_M: Int32) -> Float32:
         step = StepInput(

@@ -130,7 +130,7 @@ def test_strict_json_accepts_plain_objects() -> None:
         ("a\0b", "only files of the folder itself"),
         ("", "only files of the folder itself"),
         (7, "only files of the folder itself"),
-        ("absent.safetensors", "cannot open"),
+        ("absent.safetensors", "does not exist"),
         ("x" * 5000, "cannot open"),
         ("config.json", "announces a header"),
         ("model_mtp.safetensors", "the index names model_mtp"),

@@ -22,7 +22,7 @@ from openmimo.evals.bench import bench_decode, bench_mtp, bench_prefill
 from openmimo.evals.bench_limits import Limits
 from openmimo.evals.bench_process import TargetProcess
 from openmimo.evals.bench_run import BenchPlan
-from openmimo.evals.bench_target import EngineTarget, Generation, TargetSpec
+from openmimo.evals.bench_target import Generation, TargetSpec
 from openmimo.evals.runner_target import RunnerTarget
 from openmimo.model import build_model
 
@@ -120,23 +120,6 @@ def test_the_limit_is_the_slower_of_bytes_and_flops(monkeypatch: pytest.MonkeyPa
     assert Limits(small, "int8", 1e15).decode_tokens_per_s(1, 128) > 1.8 * fast.decode_tokens_per_s(1, 128)
 
 
-def test_the_engine_decodes_the_given_tokens(tiny_config: ModelConfig) -> None:
-    """Steps that are not kept, or that feed the engine's own choice in place of the given token."""
-    model = build_model(tiny_config)
-    target = EngineTarget(Engine(model))
-    prompts, steps = [[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 10], [11, 12]]
-    assert target.prefill(prompts[0]) > 0
-    target.start(prompts, room=3)
-    assert target.decode(steps[:2]) > 0
-    assert target._batch is not None
-    logits_BTV = target._batch.verify(torch.tensor(steps[2])[:, None])
-    for row, prompt in enumerate(prompts):
-        text = [*prompt, *(step[row] for step in steps)]
-        with torch.inference_mode():
-            expected_V = model(torch.tensor([text])).logits[0, -1]
-        assert torch.allclose(logits_BTV[row, -1], expected_V, atol=1e-5)
-
-
 def test_a_target_in_its_own_process(tmp_path: Path, tiny_config: ModelConfig) -> None:
     """A process that hides the reason of a failure, or that stays behind."""
     save_model(build_model(tiny_config), tmp_path / "m", dtype="float32")
@@ -145,7 +128,7 @@ def test_a_target_in_its_own_process(tmp_path: Path, tiny_config: ModelConfig) -
         assert target.load_seconds > 0
         assert target.prefill([1, 2]) > 0
         assert target.generate([[1, 2]], 3, num_drafts=0).draft.acceptance_length == 1.0
-        assert target.settings == "TorchRunner"
+        assert target.settings.split()[0] in ("TorchRunner", "NativeRunner")
         assert target.peak_bytes > 50_000_000
         with pytest.raises(RequestError, match="outside the vocabulary"):
             target.generate([[99999]], 3, num_drafts=0)
@@ -229,5 +212,6 @@ def test_a_bare_runner_decodes_the_given_tokens(tmp_path: Path, tiny_config: Mod
     made = target.generate(prompts, 6, num_drafts=0)
     ours = Engine(model).generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
     assert made.token_ids == tuple(completion.token_ids for completion in ours)
-    with pytest.raises(RequestError, match="does not draft"):
-        target.generate(prompts, 6, num_drafts=1)
+    drafted = target.generate(prompts, 6, num_drafts=tiny_config.num_mtp_heads)
+    assert drafted.token_ids == made.token_ids
+    assert drafted.draft.num_steps > 0
