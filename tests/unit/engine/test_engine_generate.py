@@ -108,6 +108,43 @@ def test_stream_gives_the_same_text_and_says_which_head_proposed_what(monkeypatc
     assert all(event.completion is None for event in events[:-1])
 
 
+@pytest.mark.parametrize("draft_heads", [0, 3])
+def test_a_stop_text_ends_the_answer_and_is_never_shown(monkeypatch: pytest.MonkeyPatch, draft_heads: int) -> None:
+    """Catches a stop text across tokens that is missed, shown in part, or taken back too much."""
+    spell = b"the cat sat on the mat"
+    monkeypatch.setattr(ByteCodec, "decode", lambda self, ids, skip_special=False: "".join(chr(i) for i in ids))
+    engine = make_engine(small_model(), draft_heads, tokenizer=ByteCodec())
+    genuine = engine.runner.forward
+
+    def forward(step):  # whatever comes in, the next letter of the spell goes out
+        output = genuine(step)
+        positions = step.starts_S[0] + step.logits_M
+        output.logits_MV[:] = 0
+        for row, position in enumerate(positions):
+            output.logits_MV[row, spell[position % len(spell)]] = 9
+        return output
+
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    for stop, text, tokens in (
+        (("sat",), "the cat ", 11),
+        (("mat", "on t"), "the cat sat ", 16),
+        (("t o", "at on"), "the cat sa", 13),
+        (("zebra",), "the cat sat on the mat", 22),
+        (("mats",), "the cat sat on the mat", 22),
+    ):
+        params = SamplingParams(max_tokens=22, ignore_eos=True, stop=stop)
+        events = list(engine.stream([7], params))
+        final = events[-1].completion
+        assert final is not None
+        assert "".join(event.text for event in events) == final.text == text
+        assert len(final.token_ids) == tokens
+        assert final.finish_reason == ("stop" if tokens < 22 else "length")
+        shown = ""
+        for event in events:
+            shown += event.text
+            assert text.startswith(shown)
+
+
 def test_detokenizer_never_shows_half_a_character() -> None:
     """Catches mojibake in a stream, and bytes that are held back for ever."""
     text = Detokenizer(ByteCodec())

@@ -101,6 +101,32 @@ def test_a_conversation_goes_on_from_where_its_last_answer_ended(draft_heads: in
         ids = [*ids, *done.token_ids, 1, 2, 3]
 
 
+def test_an_answer_that_stopped_inside_its_window_leaves_its_own_tokens_only() -> None:
+    """Catches snapshots that count right drafts behind a stop token as part of the text."""
+    engine, _ = make(3, hit_share=1.0, prefix_cache_bytes=1 << 20)
+    for prompt in prompts_of(*range(30, 46)):
+        text = plain_text(prompt, 12)
+        place = next(i for i in range(1, 12) if text[i] not in text[:i])
+        params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(text[place],))
+        (done,) = engine.generate([prompt], params)
+        assert done.token_ids == text[: place + 1]
+        # A prompt that ends where the answer's cache did has no logits yet; one that goes on does not need them.
+        for further in ([*prompt, *text[:place]], [*prompt, *text[: place + 1], 5]):
+            (after,) = engine.generate([further], GREEDY)
+            assert after.token_ids == plain_text(further, 30)
+
+
+def test_snapshots_keep_what_the_model_gave_before_penalties() -> None:
+    """Catches one request's penalties in another's first token."""
+    engine, _ = make(0, prefix_cache_bytes=1 << 20)
+    (prompt,) = prompts_of(40)
+    (first,) = plain_text(prompt, 1)
+    biased = SamplingParams(max_tokens=1, ignore_eos=True, logit_bias={first: -100.0})
+    assert engine.generate([prompt], biased)[0].token_ids != (first,)
+    done = engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))[0]
+    assert (done.token_ids, done.num_cached_tokens) == ((first,), 40)
+
+
 def test_a_shared_beginning_is_taken_up_at_a_boundary() -> None:
     """Catches snapshots that depend on the tokens after them, and hits beyond the shared part."""
     engine, _ = make(3, prefix_cache_bytes=1 << 20)
