@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from openmimo.config.io import read_model_config
 from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.engine.runner import PAGE_TOKENS, Runner
 from openmimo.engine.text import TextCodec
@@ -62,12 +63,14 @@ class RunnerOptions:
 def open_runner(source: Path | MiMoModel | Runner, options: RunnerOptions) -> Runner:
     """A runner for a checkpoint folder or a model; one that exists already is used as it is."""
     if not isinstance(source, Path) and hasattr(source, "prefill_heads"):
-        return source  # type: ignore[return-value]
-    if options.kind != "torch":
-        runner = _open_native(source, options)  # type: ignore[arg-type]
+        return cast(Runner, source)
+    source = cast("Path | MiMoModel", source)
+    on_cpu = isinstance(source, Path) or source.embed_tokens.weight.device.type == "cpu"
+    if options.kind == "native" or (options.kind == "auto" and on_cpu):
+        runner = _open_native(source, options)
         if runner is not None:
             return runner
-    return _open_torch(source, options)  # type: ignore[arg-type]
+    return _open_torch(source, options)
 
 
 def resolve_model_folder(path: str | Path) -> Path:
@@ -97,15 +100,15 @@ def _open_native(source: Path | MiMoModel, options: RunnerOptions) -> Runner | N
             _noted.add("slower")
             _log.warning("the native runner is not installed; decoding with PyTorch, which is slower")
         return None
-    if isinstance(source, Path):
-        source = _load(source, options)
+    config = read_model_config(source) if isinstance(source, Path) else source.config
     return NativeRunner(
         source,
         weights=options.weights,
         num_rows=options.max_batch,
-        num_pages=options.num_pages(source.config),
+        num_pages=options.num_pages(config),
         max_step_tokens=options.step_tokens,
         threads=options.threads or 0,
+        verify=options.verify,
     )
 
 
