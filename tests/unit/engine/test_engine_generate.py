@@ -168,6 +168,19 @@ def test_sampling_is_reproducible_and_independent_of_the_batch() -> None:
     assert make_engine(model, 0).generate(prompts[:1], params)[0].token_ids == together[0]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_vocabulary_rows_without_a_token_are_never_chosen(temperature: float) -> None:
+    """Catches ids that the tokenizer cannot decode; the model has 320 rows, the tokenizer 40 tokens."""
+    codec = ByteCodec()
+    codec.vocab_size = 40
+    params = SamplingParams(temperature=temperature, max_tokens=60, seed=0, ignore_eos=True)
+    for heads in (0, 3):
+        (done,) = make_engine(small_model(), heads, tokenizer=codec).generate([[1, 2, 3]], params)
+        assert max(done.token_ids) < 40
+    with pytest.raises(RequestError, match="logit_bias has ids"):
+        make_engine(small_model(), tokenizer=codec).generate([[1]], SamplingParams(logit_bias={40: 1.0}))
+
+
 def test_draft_statistics_add_up() -> None:
     stats = DraftStats.merge([DraftStats((2, 1, 0, 1)), DraftStats(()), DraftStats((1, 0, 0, 3))])
     assert stats.histogram == (3, 1, 0, 4)
@@ -188,6 +201,12 @@ def test_draft_statistics_add_up() -> None:
         ({"top_k": -1}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias"),
+        ({"n": 0}, "n=0"),
+        ({"stop": ("",)}, "stop"),
     ],
 )
 def test_senseless_options_are_refused(changes: dict[str, object], word: str) -> None:
