@@ -20,6 +20,8 @@ ANSWER_RATE, TRIAL_RATE, ENGINE_RATE, COST_RATE = 0.05, 0.25, 0.02, 0.1
 ENOUGH, NEARBY = 3, 1.6
 # Drafts must promise this much more speed than none.
 MARGIN = 1.01
+# Where no step's time is known, drafts must be right with this probability.
+LIKELY = 0.5
 # Steps between two decisions for the same answers, between two measurements of plain decoding, and in a trial of
 # drafts that are not worth it; such trials may cost this share of the time.
 HOLD, REMEASURE, TRIAL, TRIAL_SHARE = 4, 512, 6, 0.01
@@ -81,9 +83,11 @@ class DraftPolicy:
         self.draft_cost = CostModel()
         self.acceptance = [FIRST_ACCEPTANCE] * num_heads
         self.num_learned = 0
+        self.num_observed = 0
         self.credit = 0.0
         self._countdown = 0
         self._remeasure = REMEASURE
+        self._asked_at = -1
         self._members: list[Sequence] = []
         self._on_trial: Sequence | None = None
 
@@ -105,6 +109,7 @@ class DraftPolicy:
         self.step_cost.observe(num_tokens, seconds)
         self.credit += TRIAL_SHARE * seconds
         self._remeasure -= 1
+        self.num_observed += 1
 
     def choose(self, adaptive: Seq[Sequence], num_others: int) -> None:
         """Set `num_drafts` of answers whose next step feeds their newest token.
@@ -118,14 +123,27 @@ class DraftPolicy:
         self._countdown, self._members, self._on_trial = HOLD, list(adaptive), None
         plain = num_others + len(adaptive)
         full = plain + sum(sequence.draft_limit for sequence in adaptive)
-        if not self.step_cost.knows(plain) or self._remeasure <= 0:
-            self._countdown, self._remeasure = (1, REMEASURE) if self.step_cost.knows(plain) else (ENOUGH, REMEASURE)
+        known = self.step_cost.knows(plain)
+        asked_in_vain = not known and self._asked_at == self.num_observed
+        self._asked_at = self.num_observed
+        if asked_in_vain:
+            self._go_by_acceptance(adaptive)
+        elif not known or self._remeasure <= 0:
+            self._countdown, self._remeasure = 1 if known else ENOUGH, REMEASURE
             _set_drafts(adaptive, 0)
         elif not self.step_cost.knows(full) or not self.draft_cost.knows(len(adaptive)):
             _set_drafts(adaptive, None)
         else:
             self._choose_best(adaptive, plain)
             self._try_again(adaptive, plain)
+
+    def _go_by_acceptance(self, adaptive: Seq[Sequence]) -> None:
+        """Every step feeds prompts too, so none measures decoding: verify drafts that are likely right."""
+        for sequence in adaptive:
+            worth, sequence.num_drafts = 1.0, 0
+            for share in (sequence.acceptance or self.acceptance)[: sequence.draft_limit]:
+                worth *= share
+                sequence.num_drafts += worth >= LIKELY
 
     def _choose_best(self, adaptive: Seq[Sequence], plain: int) -> None:
         """Add drafts in the order of their worth, and stop where expected tokens per second are highest."""

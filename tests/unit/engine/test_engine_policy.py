@@ -94,6 +94,17 @@ def test_a_change_for_the_better_is_noticed() -> None:
     assert np.mean(on[5000:]) > 0.9
 
 
+def test_without_measurements_likely_drafts_are_verified() -> None:
+    """Catches a server that never drafts because every step of it feeds some prompt."""
+    policy, answers = DraftPolicy(3), [Answer(acceptance=[0.9, 0.8, 0.4]), Answer(acceptance=[0.3, 0.9, 0.9])]
+    counts = []
+    for _ in range(40):
+        policy.choose(answers, 0)  # type: ignore[arg-type]
+        counts.append([answer.num_drafts for answer in answers])
+    assert counts[0] == [0, 0]
+    assert all(count == [2, 0] for count in counts[4:])
+
+
 def test_costs_between_measured_sizes_lie_between_and_outliers_count_little() -> None:
     cost = CostModel()
     for size, seconds in ((4, 2.0), (8, 4.0)):
