@@ -14,6 +14,7 @@ import pytest
 from fake_runner import FakeRunner
 
 from openmimo.engine import Engine, SamplingParams, StepInput, StepOutput
+from openmimo.engine.runner import Int32
 
 VOCAB, LENGTH, PROMPT = 5, 3, [3, 1]
 # OPENMIMO_EXACT_DRAWS=1000000 is the full count, for every option with and without drafts.
@@ -43,19 +44,24 @@ OPTIONS = {
 
 
 class TableRunner(FakeRunner):
-    """Logits depend on the last token alone; drafts are the most probable tokens."""
+    """Logits depend on the last token alone, so there is no cache; drafts are the most probable tokens."""
 
     def forward(self, step: StepInput) -> StepOutput:
-        output = super().forward(step)
-        return StepOutput(
-            logits_MV=TABLE[step.token_ids_N[step.logits_M]], routed_experts_NLk=output.routed_experts_NLk
-        )
+        routes = np.zeros((len(step.token_ids_N), 0, 0), np.uint8)
+        return StepOutput(logits_MV=TABLE[step.token_ids_N[step.logits_M]], routed_experts_NLk=routes)
 
-    def _guess(self, row: int, length: int, newest: int) -> list[int]:
-        guesses = [newest]
-        for _ in range(3):
-            guesses.append(int(TABLE[guesses[-1]].argmax()))
-        return guesses[1:]
+    def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
+        pass
+
+    def commit(self, rows_S: Int32, kept_S: Int32) -> None:
+        pass
+
+    def draft(self, rows_S: Int32, lengths_S: Int32, tokens_SW: Int32) -> Int32:
+        likeliest = TABLE.argmax(axis=1)
+        drafts = [likeliest[tokens_SW[:, -1]]]
+        for _ in range(2):
+            drafts.append(likeliest[drafts[-1]])
+        return np.stack(drafts, axis=1).astype(np.int32)
 
 
 def token_probabilities(params: SamplingParams, answer: tuple[int, ...]) -> list[float]:
