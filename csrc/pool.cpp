@@ -9,35 +9,35 @@
 namespace openmimo {
 namespace {
 
+// Rounds of spinning, tens of nanoseconds each. Waking a sleeping thread takes longer than most waits inside a step, and on
+// a virtual machine longer than the gap between two steps.
+constexpr int STEP_SPINS = 4000, IDLE_SPINS = 20000;
+
+// When more than a quarter of a run's barriers ended in sleep, somebody lost a processor. The next runs do with half the
+// threads, until after some runs all are tried again; each failed try doubles the time to the next.
+constexpr int FEWEST_BARRIERS = 8, FIRST_PATIENCE = 32, MOST_PATIENCE = 2048;
+
 inline void pause_briefly() {
 #if defined(__x86_64__)
   _mm_pause();
 #endif
 }
 
-// Spin, then sleep. How long to spin follows from what helped of late: on an idle machine others arrive within
-// microseconds and a sleep costs more than the wait; on a busy one the thread waited for has lost its core, and spinning
-// only keeps another from getting it back.
-constexpr int FEWEST_SPINS = 64, MOST_SPINS = 4096;
-
+// Returns whether it had to sleep.
 template <typename T>
-void wait_for_change(std::atomic<T>& value, T old, std::atomic<int>& spin_limit) {
-  const int limit = spin_limit.load(std::memory_order_relaxed);
-  for (int i = 0; i < limit; ++i) {
-    if (value.load(std::memory_order_acquire) != old) {
-      const int wanted = std::min(2 * i + FEWEST_SPINS, MOST_SPINS);
-      if (wanted > limit) spin_limit.store(limit + (wanted - limit) / 4 + 1, std::memory_order_relaxed);
-      return;
-    }
+bool wait_for_change(std::atomic<T>& value, T old, int spins) {
+  for (int i = 0; i < spins; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return false;
     pause_briefly();
   }
-  spin_limit.store(std::max(limit - limit / 8, FEWEST_SPINS), std::memory_order_relaxed);
+  if (value.load(std::memory_order_acquire) != old) return false;
   value.wait(old, std::memory_order_acquire);
+  return true;
 }
 
 }  // namespace
 
-Pool::Pool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {
+Pool::Pool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads), active_(num_threads_), patience_(FIRST_PATIENCE) {
   for (int thread = 1; thread < num_threads_; ++thread) threads_.emplace_back([this, thread] { worker(thread); });
 }
 
@@ -49,38 +49,61 @@ Pool::~Pool() {
 }
 
 void Pool::run(const std::function<void(int)>& work) {
-  if (num_threads_ == 1) return work(0);
+  if (active_ == 1) {
+    work(0);
+    adapt();
+    return;
+  }
   work_ = &work;
   done_.store(0, std::memory_order_relaxed);
+  barriers_.store(0, std::memory_order_relaxed);
+  sleeps_.store(0, std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   work(0);
+  // Every worker answers, also one that has nothing to do, so that none is still on its way when the next run begins.
   for (uint32_t done = done_.load(std::memory_order_acquire); done + 1 != static_cast<uint32_t>(num_threads_);
        done = done_.load(std::memory_order_acquire))
-    wait_for_change(done_, done, spin_limit_);
+    wait_for_change(done_, done, STEP_SPINS);
+  adapt();
+}
+
+void Pool::adapt() {
+  if (num_threads_ == 1) return;
+  const int barriers = barriers_.load(std::memory_order_relaxed);
+  if (active_ > 1 && barriers >= FEWEST_BARRIERS && 4 * sleeps_.load(std::memory_order_relaxed) > barriers) {
+    active_ = std::max(1, active_ / 2);
+    calm_runs_ = 0;
+    patience_ = std::min(2 * patience_, MOST_PATIENCE);
+  } else if (++calm_runs_ >= patience_) {
+    if (active_ == num_threads_) patience_ = std::max(patience_ / 2, FIRST_PATIENCE);
+    active_ = num_threads_;
+    calm_runs_ = 0;
+  }
 }
 
 void Pool::worker(int thread) {
   uint32_t seen = 0;
   while (true) {
-    wait_for_change(generation_, seen, idle_spin_limit_);
+    wait_for_change(generation_, seen, IDLE_SPINS);
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
-    (*work_)(thread);
+    if (thread < active_) (*work_)(thread);
     done_.fetch_add(1, std::memory_order_release);
     done_.notify_one();
   }
 }
 
 void Pool::barrier() {
-  if (num_threads_ == 1) return;
+  if (active_ == 1) return;
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(num_threads_)) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {
+    barriers_.fetch_add(1, std::memory_order_relaxed);
     arrived_.store(0, std::memory_order_relaxed);
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
-  } else {
-    wait_for_change(phase_, phase, spin_limit_);
+  } else if (wait_for_change(phase_, phase, STEP_SPINS)) {
+    sleeps_.fetch_add(1, std::memory_order_relaxed);
   }
 }
 

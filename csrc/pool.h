@@ -1,4 +1,4 @@
-// A fixed team of threads that run one function together and meet at barriers in between.
+// A team of threads that run one function together and meet at barriers in between.
 #pragma once
 
 #include <atomic>
@@ -15,9 +15,11 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  int size() const { return num_threads_; }
+  // Threads of the present call of `run`, or of the next one: at most those that the pool was made with. On a machine
+  // whose processors are busy with something else fewer are faster, because all wait for the one that lost its processor.
+  int size() const { return active_; }
 
-  // Call work(thread) on every thread, the caller being thread 0, and wait for all. One call at a time.
+  // Call work(thread) on `size()` threads, the caller being thread 0, and wait for all. One call at a time.
   void run(const std::function<void(int)>& work);
 
   // Inside `run`: wait until all threads are here. Everything written before is visible after.
@@ -25,12 +27,15 @@ class Pool {
 
  private:
   void worker(int thread);
+  void adapt();
 
   const int num_threads_;
+  int active_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> generation_{0}, done_{0};
   std::atomic<uint32_t> arrived_{0}, phase_{0};
-  std::atomic<int> spin_limit_{1024}, idle_spin_limit_{1024};  // inside a step, between two
+  std::atomic<int> barriers_{0}, sleeps_{0};  // of the present run
+  int calm_runs_ = 0, patience_;
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };
