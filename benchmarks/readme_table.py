@@ -89,6 +89,28 @@ def attention_rows() -> Rows:
     return rows
 
 
+def bench_rows() -> Rows:
+    """What `openmimo bench WHAT --model M` printed, kept as bench-WHAT-M.json: ours beside every peer of the run."""
+    rows: Rows = []
+    for path in sorted(RESULTS.glob("bench-*.json")):
+        found = json.loads(path.read_text())
+        verb = found["benchmark"].removeprefix("bench ")
+        by_work: dict[str, dict[str, Any]] = {}
+        for row in found["rows"]:
+            by_work.setdefault(row["work"], {})[row["target"]] = row
+        for work, sides in by_work.items():
+            ours = sides.pop("openmimo")
+            peers = [
+                f"{name} {side['tokens_per_s']:,.0f} ({ours['tokens_per_s'] / side['tokens_per_s']:.1f}x)"
+                for name, side in sides.items()
+            ]
+            share = ours["tokens_per_s"] / ours["limit_tokens_per_s"]
+            figure = f"{ours['tokens_per_s']:,.0f} tokens/s, {100 * share:.0f}% of the limit; {', '.join(peers)}"
+            command = f"`openmimo bench {verb} --model {found['model']} --against ...`"
+            rows.append((f"{verb}, `{found['model']}` in {found['weights']}, {work}", command, figure))
+    return rows
+
+
 def fuzz_rows() -> Rows:
     found = read("checkpoint_fuzz")
     if found is None:
@@ -107,7 +129,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    rows = [*demo_rows(), *train_rows(), *attention_rows(), *fuzz_rows()]
+    rows = [*demo_rows(), *train_rows(), *attention_rows(), *bench_rows(), *fuzz_rows()]
     for name, head in HEADS.items():
         path = ROOT / name
         text = path.read_text()
