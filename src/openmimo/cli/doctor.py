@@ -20,7 +20,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from openmimo.cli.machine import Compiler, Memory, Processor, Sandbox
+    from openmimo.errors import MimoError
+from openmimo.cli.machine import Compiler, Memory, Processor, Sandbox
 
 # What the optional dependencies of this version are for, by extra.
 EXTRAS: Mapping[str, str] = {
@@ -225,6 +226,16 @@ def _read_torch() -> tuple[TorchBuild | None, str | None]:
     ), None
 
 
+def _read_runtime() -> list[str]:
+    """The runtime's kernel tables that work here; none without the compiled extension."""
+    try:
+        from openmimo.engine.native_runner import load_extension
+
+        return load_extension().available_kernels()
+    except MimoError:
+        return []
+
+
 def _read_kernels() -> Kernels:
     """Load the C++ kernels, which builds them where that was not done yet."""
     import warnings
@@ -280,6 +291,9 @@ def _works(
         yield "bf16 products in hardware"
     if kernels.usable:
         yield "fused C++ kernels in bf16 training"
+    runtime = _read_runtime()
+    if runtime:
+        yield f"decoding in the C++ runtime ({', '.join(runtime)})"
     if compiler.command and compiler.python_headers:
         yield f"torch.compile for the processor ({compiler.command})"
     for extra in extras:
@@ -302,6 +316,11 @@ def _gaps(
         )
     if not processor.has_bf16:
         yield Gap(what="bf16 products in hardware", get="this processor has none; bf16 is emulated, float32 is not")
+    if not _read_runtime():
+        yield Gap(
+            what="C++ runtime, without which decoding runs in PyTorch, slower",
+            get="install a C++20 compiler, then: pip install --force-reinstall --no-deps -e .",
+        )
     if not kernels.usable:
         yield Gap(what=f"C++ kernels, without which bf16 training is slower ({kernels.status})", get=kernels.get)
     if not compiler.command:

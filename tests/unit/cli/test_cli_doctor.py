@@ -165,3 +165,13 @@ def test_extras_are_read_from_the_metadata_with_those_they_include() -> None:
 def test_every_extra_that_doctor_names_is_declared() -> None:
     """A command that pip would answer with a warning and nothing installed."""
     assert set(doctor.EXTRAS) <= set(metadata.metadata("openmimo").get_all("Provides-Extra") or [])
+
+
+@pytest.mark.usefixtures("no_sandbox_probe")
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_runtime_is_reported(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a missing C++ runtime that nobody is told of: decoding would only be slow."""
+    monkeypatch.setattr(doctor, "_read_runtime", lambda: ["scalar", "avx2"] if installed else [])
+    report = doctor.examine()
+    assert any("C++ runtime (scalar, avx2)" in line for line in report.works) == installed
+    assert any("C++ runtime" in gap.what and "compiler" in gap.get for gap in report.missing) != installed
