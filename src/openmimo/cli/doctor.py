@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -20,8 +21,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from openmimo.errors import MimoError
-from openmimo.cli.machine import Compiler, Memory, Processor, Sandbox
+    from openmimo.cli.machine import Compiler, Memory, Processor, Sandbox
 
 # What the optional dependencies of this version are for, by extra.
 EXTRAS: Mapping[str, str] = {
@@ -228,11 +228,9 @@ def _read_torch() -> tuple[TorchBuild | None, str | None]:
 
 def _read_runtime() -> list[str]:
     """The runtime's kernel tables that work here; none without the compiled extension."""
-    try:
-        from openmimo.engine.native_runner import load_extension
-
-        return load_extension().available_kernels()
-    except MimoError:
+    try:  # the extension itself, which is there without PyTorch too
+        return importlib.import_module("openmimo._native").available_kernels()
+    except ImportError:
         return []
 
 

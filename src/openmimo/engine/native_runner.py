@@ -8,6 +8,7 @@ Suffixes: S sequences, N flat tokens, M wanted rows of logits, V vocabulary, L s
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -38,13 +39,12 @@ _log = logging.getLogger(__name__)
 def load_extension() -> Any:
     """The compiled module. Raises: RequestError with the reason when this installation lacks it."""
     try:
-        from openmimo import _native
+        return importlib.import_module("openmimo._native")
     except ImportError as error:
         raise RequestError(
             f"the C++ runtime is not installed ({error}); runner='torch' works without it, slower; "
             "to get it, install a C++20 compiler and run `pip install --force-reinstall --no-deps .`"
         ) from error
-    return _native
 
 
 class NativeRunner:
