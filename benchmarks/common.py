@@ -8,6 +8,8 @@ from openmimo.evals.measuring import (
     print_result,
     print_table,
     read_bandwidth,
+    reported_in_turns,
+    resident_peak,
     spread,
     timed,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "print_result",
     "print_table",
     "read_bandwidth",
+    "reported_in_turns",
+    "resident_peak",
     "spread",
     "timed",
 ]

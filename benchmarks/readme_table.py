@@ -79,7 +79,7 @@ def attention_rows() -> Rows:
     for backward, label in ((False, "forward"), (True, "forward + backward")):
         points = [m for m in found["measurements"] if m["kind"] == "sliding" and m["backward"] == backward]
         pairs = list(pairwise(points))
-        times = [b["seconds"] / a["seconds"] for a, b in pairs]
+        times = [median(now / before for now, before in zip(b["seconds"], a["seconds"], strict=True)) for a, b in pairs]
         memory = [b["peak_bytes"] / max(a["peak_bytes"], 1) for a, b in pairs]
         figure = (
             f"time x{median(times):.2f} (worst {max(times):.2f}), memory x{median(memory):.2f} per doubling, "

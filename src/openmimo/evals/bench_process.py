@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -12,6 +10,7 @@ from typing import Any, cast
 
 from openmimo.errors import MimoError, RequestError
 from openmimo.evals.bench_target import BenchTarget, Generation, TargetSpec, open_target
+from openmimo.evals.measuring import resident_peak
 
 
 class TargetProcess:
@@ -99,7 +98,6 @@ def _serve(connection: Connection, spec: TargetSpec) -> None:
 
 def _answer(target: BenchTarget, method: str, args: Sequence[Any], options: dict[str, Any]) -> object:
     if method == "peak_bytes":
-        # macOS counts in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resident_peak()
     found = getattr(target, method)
     return found(*args, **options) if callable(found) else found

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,6 +52,22 @@ def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def resident_peak() -> int:
+    """Bytes of this process's greatest resident set.
+
+    Linux keeps it per address space in `VmHWM`; what `getrusage` reports there survives `exec`, so a process begun by a
+    large one would start from that one's peak. Elsewhere `getrusage` is all there is; macOS counts in bytes.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # Unix only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_bandwidth(num_bytes: int, *, rounds: int = 5, min_seconds: float = 0.02) -> float:
