@@ -156,6 +156,10 @@ NB_MODULE(_native, m) {
             r.forward(tokens.data(), std::move(sequences), wanted.data(), static_cast<int>(wanted.size()), logits.data(),
                       routes.data());
           })
+      .def("track", [](Runtime& r, Ints rows) {
+        check_ids(rows, r.config().num_rows, "row");
+        r.track(rows.data(), static_cast<int>(rows.size()));
+      })
       .def("commit", [](Runtime& r, Ints kept) {
         require(kept.size() == r.step_sequences(), "commit needs one number per sequence of the last forward");
         nb::gil_scoped_release release;

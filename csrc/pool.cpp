@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 namespace openmimo {
 namespace {
@@ -14,8 +18,10 @@ namespace {
 constexpr int STEP_SPINS = 4000, IDLE_SPINS = 20000;
 
 // When more than a quarter of a run's barriers ended in sleep, somebody lost a processor. The next runs do with half the
-// threads, until after some runs all are tried again; each failed try doubles the time to the next.
-constexpr int FEWEST_BARRIERS = 8, FIRST_PATIENCE = 32, MOST_PATIENCE = 2048;
+// threads, until after a while all are tried again; each failed try doubles that while. It is short at first, because
+// another engine's threads spin for some milliseconds after their last work and are gone then.
+constexpr int FEWEST_BARRIERS = 8;
+constexpr std::chrono::milliseconds FIRST_PATIENCE{5}, MOST_PATIENCE{640};
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -23,15 +29,17 @@ inline void pause_briefly() {
 #endif
 }
 
-// Returns whether it had to sleep.
+// Returns whether it had to sleep; meanwhile it is counted in `asleep`.
 template <typename T>
-bool wait_for_change(std::atomic<T>& value, T old, int spins) {
+bool wait_for_change(std::atomic<T>& value, T old, int spins, std::atomic<int>* asleep = nullptr) {
   for (int i = 0; i < spins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return false;
     pause_briefly();
   }
   if (value.load(std::memory_order_acquire) != old) return false;
+  if (asleep) asleep->fetch_add(1, std::memory_order_relaxed);
   value.wait(old, std::memory_order_acquire);
+  if (asleep) asleep->fetch_sub(1, std::memory_order_relaxed);
   return true;
 }
 
@@ -54,6 +62,7 @@ void Pool::run(const std::function<void(int)>& work) {
     adapt();
     return;
   }
+  if (asleep_.load(std::memory_order_relaxed) > 0) keep_apart();
   work_ = &work;
   done_.store(0, std::memory_order_relaxed);
   barriers_.store(0, std::memory_order_relaxed);
@@ -68,24 +77,40 @@ void Pool::run(const std::function<void(int)>& work) {
   adapt();
 }
 
+// A woken thread tends to start on its waker's processor, and the two would take turns there for many milliseconds before
+// the system parted them. So whoever sleeps may wake up anywhere but here.
+void Pool::keep_apart() {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  if (here < 0 || here == caller_cpu_ || here >= CPU_SETSIZE) return;
+  cpu_set_t others;
+  if (sched_getaffinity(0, sizeof others, &others) != 0) return;
+  CPU_CLR(here, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  caller_cpu_ = here;
+  for (auto& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
+#endif
+}
+
 void Pool::adapt() {
   if (num_threads_ == 1) return;
+  const auto now = std::chrono::steady_clock::now();
   const int barriers = barriers_.load(std::memory_order_relaxed);
   if (active_ > 1 && barriers >= FEWEST_BARRIERS && 4 * sleeps_.load(std::memory_order_relaxed) > barriers) {
     active_ = std::max(1, active_ / 2);
-    calm_runs_ = 0;
+    deadline_ = now + patience_;
     patience_ = std::min(2 * patience_, MOST_PATIENCE);
-  } else if (++calm_runs_ >= patience_) {
+  } else if (now >= deadline_) {
     if (active_ == num_threads_) patience_ = std::max(patience_ / 2, FIRST_PATIENCE);
     active_ = num_threads_;
-    calm_runs_ = 0;
+    deadline_ = now + patience_;
   }
 }
 
 void Pool::worker(int thread) {
   uint32_t seen = 0;
   while (true) {
-    wait_for_change(generation_, seen, IDLE_SPINS);
+    wait_for_change(generation_, seen, IDLE_SPINS, &asleep_);
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
     if (thread < active_) (*work_)(thread);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -28,6 +29,7 @@ class Pool {
  private:
   void worker(int thread);
   void adapt();
+  void keep_apart();
 
   const int num_threads_;
   int active_;
@@ -35,7 +37,11 @@ class Pool {
   std::atomic<uint32_t> generation_{0}, done_{0};
   std::atomic<uint32_t> arrived_{0}, phase_{0};
   std::atomic<int> barriers_{0}, sleeps_{0};  // of the present run
-  int calm_runs_ = 0, patience_;
+  std::atomic<int> asleep_{0};  // workers between two runs
+  int caller_cpu_ = -1;         // which the workers keep off
+  // When the number of threads may rise again, and how long it stays where it is.
+  std::chrono::steady_clock::time_point deadline_;
+  std::chrono::milliseconds patience_;
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };

@@ -78,6 +78,10 @@ class Runtime {
   void forward(const int32_t* tokens, std::vector<Sequence> sequences, const int32_t* wanted, int num_wanted,
                float* logits, int32_t* routes);
 
+  // Remember hidden states of these rows, until a step starts anew at position 0: drafts will be asked for. Called between
+  // the row's first `forward` and its `commit`.
+  void track(const int32_t* rows, int num_rows);
+
   // Keep the first `kept` tokens of each sequence of the last forward: MTP heads learn of them.
   void commit(const int32_t* kept);
 

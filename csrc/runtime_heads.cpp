@@ -96,7 +96,8 @@ void Runtime::draft(const int32_t* rows, const int32_t* newest, int num_rows, in
   if (config_.mtp_heads == 0) throw std::invalid_argument("this runtime has no MTP heads to draft with");
   const std::vector<int32_t> all(rows, rows + num_rows);
   for (int i = 0; i < num_rows; ++i)
-    if (histories_[rows[i]].tokens.empty()) throw std::invalid_argument("draft before any token of the row was kept");
+    if (histories_[rows[i]].tokens.empty())
+      throw std::invalid_argument("row " + std::to_string(rows[i]) + " is not tracked for drafts, or kept no token yet");
   for (int head = 0; head < config_.mtp_heads; ++head) head_pass(head, all, newest, drafts);
   for (const int32_t row : all) trim(row);
 }
@@ -119,7 +120,7 @@ void Runtime::commit(const int32_t* kept) {
     if (kept[i] < 0 || kept[i] > s.count) throw std::invalid_argument("cannot keep more tokens than the step had");
     History& history = histories_[s.row];
     history.length = s.start + kept[i];
-    if (config_.mtp_heads == 0) continue;
+    if (!history.tracked) continue;
     const float* hidden = main_->hidden.data() + s.offset * config_.hidden;
     history.hidden.insert(history.hidden.end(), hidden, hidden + static_cast<int64_t>(kept[i]) * config_.hidden);
     history.tokens.insert(history.tokens.end(), last_tokens_.begin() + s.offset, last_tokens_.begin() + s.offset + kept[i]);
@@ -131,9 +132,15 @@ void Runtime::commit(const int32_t* kept) {
   last_.clear();
 }
 
+void Runtime::track(const int32_t* rows, int num_rows) {
+  if (config_.mtp_heads == 0) throw std::invalid_argument("this runtime has no MTP heads to draft with");
+  for (int i = 0; i < num_rows; ++i) histories_[rows[i]].tracked = true;
+}
+
 // A step starts at `length`: forget what lies behind it, or everything when the row belonged to another sequence.
 void Runtime::rewind(int row, int64_t length) {
   History& history = histories_[row];
+  if (length == 0) history.tracked = false;
   if (length == history.length) return;
   const int64_t keep = length > history.length ? 0 : std::max<int64_t>(0, length - history.first());
   history.tokens.resize(keep);
@@ -152,10 +159,10 @@ void Runtime::copy_page(int source, int target) {
   std::memcpy(pages_.data() + target * page_words_, pages_.data() + source * page_words_, page_words_ * sizeof(uint32_t));
 }
 
-// Rings, then length, next positions, number of held positions, their tokens and hidden states.
+// Rings, then length, whether it is tracked, next positions, number of held positions, their tokens and hidden states.
 int64_t Runtime::row_state_bytes() const {
   const int64_t positions = MAX_HISTORY + config_.mtp_heads + 1;
-  return row_bytes() + 8 * (2 + config_.mtp_heads) + positions * (4 + 4 * static_cast<int64_t>(config_.hidden));
+  return row_bytes() + 8 * (3 + config_.mtp_heads) + positions * (4 + 4 * static_cast<int64_t>(config_.hidden));
 }
 
 void Runtime::read_row(int row, uint8_t* state) const {
@@ -167,6 +174,8 @@ void Runtime::read_row(int row, uint8_t* state) const {
   const auto count = static_cast<int64_t>(history.tokens.size());
   put(rings_.data() + row * ring_words_, row_bytes());
   put(&history.length, 8);
+  const int64_t tracked = history.tracked;
+  put(&tracked, 8);
   put(history.next.data(), 8 * config_.mtp_heads);
   put(&count, 8);
   put(history.tokens.data(), 4 * count);
@@ -179,9 +188,11 @@ void Runtime::write_row(int row, const uint8_t* state) {
     std::memcpy(to, state, bytes);
     state += bytes;
   };
-  int64_t count = 0;
+  int64_t count = 0, tracked = 0;
   take(rings_.data() + row * ring_words_, row_bytes());
   take(&history.length, 8);
+  take(&tracked, 8);
+  history.tracked = tracked != 0;
   take(history.next.data(), 8 * config_.mtp_heads);
   take(&count, 8);
   history.tokens.resize(count);

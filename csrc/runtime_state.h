@@ -42,6 +42,7 @@ struct Runtime::History {
   std::vector<float> hidden;
   std::vector<int32_t> tokens;
   int64_t length = 0;             // tokens kept in the row's cache
+  bool tracked = false;           // whether drafts may be asked for; without it nothing is remembered
   std::vector<int64_t> next;      // per head: the first position without a true entry
 
   int64_t first() const { return length - static_cast<int64_t>(tokens.size()); }

@@ -165,7 +165,8 @@ class NativeRunner:
         return StepOutput(logits_MV=logits_MV, routed_experts_NLk=routes)
 
     def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
-        """Nothing to do: `commit` remembers the tokens it keeps and runs the heads over long stretches itself."""
+        """From now on `commit` remembers what it keeps of these rows, and runs the heads over long stretches itself."""
+        self.runtime.track(rows_S)
 
     def commit(self, rows_S: Int32, kept_S: Int32) -> None:
         if len(rows_S) != len(self._rows_S) or (rows_S != self._rows_S).any():

@@ -145,6 +145,32 @@ def test_other_sequences_in_the_step_change_no_bit() -> None:
     assert (np.concatenate(together) == alone).all()
 
 
+def test_heads_cost_nothing_until_drafts_are_wanted() -> None:
+    """Catches hidden states kept for rows that never draft, and a row that stays tracked in its next sequence."""
+    config = next(config for config in SHAPES.values() if config.num_mtp_heads)
+    runner, tokens, window = make_runner(random_model(config)), some_tokens(config), np.ones((1, 2), np.int32)
+    for tracked in (False, True, False):
+        for start, count in ((0, 40), (40, 1)):
+            runner.forward(
+                StepInput(
+                    token_ids_N=tokens[start : start + count],
+                    rows_S=ints(1),
+                    starts_S=ints(start),
+                    counts_S=ints(count),
+                    page_tables=(np.arange(8, dtype=np.int32),),
+                    logits_M=ints(),
+                )
+            )
+            if tracked and start == 0:
+                runner.prefill_heads(ints(1), ints(0), ints(count), (tokens[1:count],))
+            runner.commit(ints(1), ints(count))
+        if tracked:
+            assert runner.draft(ints(1), ints(41), window).shape == (1, config.num_mtp_heads)
+        else:
+            with pytest.raises(ValueError, match="row 1 is not tracked"):
+                runner.draft(ints(1), ints(41), window)
+
+
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_drafts_are_those_of_a_pass_over_the_whole_text(name: str) -> None:
     """Catches heads that see a wrong hidden state, token or position, share weights, or keep provisional keys."""
@@ -163,6 +189,8 @@ def test_drafts_are_those_of_a_pass_over_the_whole_text(name: str) -> None:
                 logits_M=ints(),
             )
         )
+        if length == 0:
+            runner.prefill_heads(ints(1), ints(0), ints(fed), (tokens[1:fed],))
         runner.commit(ints(1), ints(kept))
         length += kept
         window = np.zeros((1, 2 * config.num_mtp_heads), np.int32)
