@@ -31,10 +31,39 @@ struct Isa {
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
   static float reduce_sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
+  // Lanes `first` to `last` of x (any whole numbers), `other` elsewhere.
+  static Vec keep(Vec x, int first, int last, float other) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(first)) &
+                           _mm512_cmple_epi32_mask(lane, _mm512_set1_epi32(last));
+    return _mm512_mask_blend_ps(kept, _mm512_set1_ps(other), x);
+  }
+  static Vec nearest(Vec x) { return _mm512_roundscale_ps(x, 0); }
+  // x * 2^n for whole n, with a graceful end at 0.
+  static Vec scale(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+  // Two vectors as bf16 side by side.
+  static void store_bf16(uint32_t* to, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(low));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + 1, narrow(high));
+#endif
+  }
+  // Numbers and the usual NaN, as the instruction rounds.
+  static __m256i narrow(Vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16));
+  }
 
   // The two halves of sixteen int16 as floats: whole numbers up to 127 are exact in bf16 too.
   static void floats_of_int8(const uint8_t* at, __m512& low, __m512& high) {

@@ -15,6 +15,8 @@ struct Isa {
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static float reduce_max(Vec x) {
@@ -26,6 +28,29 @@ struct Isa {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
+  static Vec keep(Vec x, int first, int last, float other) {
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i left_out = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane),
+                                             _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(last)));
+    return _mm256_blendv_ps(x, _mm256_set1_ps(other), _mm256_castsi256_ps(left_out));
+  }
+  static Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec scale(Vec x, Vec n) {
+    const __m256i exponent = _mm256_slli_epi32(
+        _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-127.0f))), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
+  }
+  static __m128i narrow(Vec x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i words =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  static void store_bf16(uint32_t* to, Vec low, Vec high) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow(low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + 1, narrow(high));
   }
   static Pair pair_of_bf16(const uint8_t* at) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));

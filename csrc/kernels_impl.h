@@ -1,7 +1,10 @@
 // The kernels, written once over a small vector type `Isa` that the including file defines:
-//   Vec, LANES, REGISTERS; zero, set, load, store, fma, max, reduce_max, reduce_sum
+//   Vec, LANES, REGISTERS; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum
+//   keep, nearest, scale, store_bf16
 //   Pair (bf16 words ready for a product), pair_of_{bf16,int8,fp8,int4}(ptr), load_bf16(ptr), dot(sum, word, Pair)
 #pragma once
+
+#include <initializer_list>
 
 #include "kernels.h"
 #include "words.h"
@@ -121,24 +124,50 @@ void product(Format format, const Product& p) {
 
 constexpr float HIDDEN = -1e30f;
 
+// 2^x with a relative error below 2e-7, 0 far below.   Source: the polynomial of Cephes' exp2f
+inline Isa::Vec exp2_of(Isa::Vec x) {
+  const Isa::Vec whole = Isa::nearest(x), f = Isa::sub(x, whole);
+  Isa::Vec p = Isa::set(1.535336188319500e-4f);
+  for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                                  2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+    p = Isa::fma(p, f, Isa::set(coefficient));
+  return Isa::scale(p, whole);
+}
+
 // One block of scores becomes probabilities relative to the running maximum; returns the factor for what was summed so far.
+// `scale` includes log2(e), and `top` is in the same units.
 template <Arithmetic A>
-float softmax_block(float* scores, int first, int last, float scale, float& top, float& total, uint32_t* words) {
-  for (int j = 0; j < BLOCK; ++j) scores[j] = (j >= first && j <= last) ? scores[j] * scale : HIDDEN;
-  Isa::Vec most = Isa::load(scores);
-  for (int j = Isa::LANES; j < BLOCK; j += Isa::LANES) most = Isa::max(most, Isa::load(scores + j));
+float softmax_block(const float* scores, int first, int last, float scale, float& top, float& total, uint32_t* words) {
+  constexpr int N = BLOCK / Isa::LANES;
+  Isa::Vec p[N];
+  for (int i = 0; i < N; ++i) p[i] = Isa::mul(Isa::load(scores + i * Isa::LANES), Isa::set(scale));
+  if (first > 0 || last < BLOCK - 1)
+    for (int i = 0; i < N; ++i) p[i] = Isa::keep(p[i], first - i * Isa::LANES, last - i * Isa::LANES, HIDDEN);
+  Isa::Vec most = p[0];
+  for (int i = 1; i < N; ++i) most = Isa::max(most, p[i]);
   const float best = Isa::reduce_max(most);
   const float now = best > top ? best : top;
-  for (int j = 0; j < BLOCK; ++j) scores[j] = scores[j] <= HIDDEN ? 0.0f : fast_exp(scores[j] - now);
-  Isa::Vec sum = Isa::load(scores);
-  for (int j = Isa::LANES; j < BLOCK; j += Isa::LANES) sum = Isa::add(sum, Isa::load(scores + j));
-  const float shrink = top <= HIDDEN ? 0.0f : fast_exp(top - now);
+  Isa::Vec sum = Isa::zero();
+  for (int i = 0; i < N; ++i) {
+    p[i] = exp2_of(Isa::sub(p[i], Isa::set(now)));
+    sum = Isa::add(sum, p[i]);
+  }
+  float shrink = 1.0f;
+  if (now != top) {
+    alignas(64) float lanes[Isa::LANES];
+    Isa::store(lanes, exp2_of(Isa::set(top - now)));
+    shrink = lanes[0];
+  }
   total = total * shrink + Isa::reduce_sum(sum);
   top = now;
-  if constexpr (A == Arithmetic::F32)
-    std::memcpy(words, scores, BLOCK * sizeof(float));
-  else
-    for (int j = 0; j < BLOCK / 2; ++j) words[j] = bf16_pair(scores[2 * j], scores[2 * j + 1]);
+  for (int i = 0; i < N; i += 2) {
+    if constexpr (A == Arithmetic::F32) {
+      Isa::store(reinterpret_cast<float*>(words) + i * Isa::LANES, p[i]);
+      Isa::store(reinterpret_cast<float*>(words) + (i + 1) * Isa::LANES, p[i + 1]);
+    } else {
+      Isa::store_bf16(words + i * Isa::LANES / 2, p[i], p[i + 1]);
+    }
+  }
   return shrink;
 }
 
@@ -147,7 +176,10 @@ void write_words(const float* x, int count, uint32_t* out) {
   if constexpr (A == Arithmetic::F32) {
     std::memcpy(out, x, count * sizeof(float));
   } else {
-    for (int i = 0; i < count / 2; ++i) out[i] = bf16_pair(x[2 * i], x[2 * i + 1]);
+    int i = 0;
+    for (; i + 2 * Isa::LANES <= count; i += 2 * Isa::LANES)
+      Isa::store_bf16(out + i / 2, Isa::load(x + i), Isa::load(x + i + Isa::LANES));
+    for (; i + 2 <= count; i += 2) out[i / 2] = bf16_pair(x[i], x[i + 1]);
     if (count % 2) out[count / 2] = bf16_pair(x[count - 1], 0.0f);
   }
 }
@@ -162,8 +194,9 @@ void attention_of(const Attention& t) {
   float* top = sums + rows * t.v_padded;
   float* total = top + rows;
   auto** p_rows = reinterpret_cast<const uint32_t**>(total + rows);
+  constexpr float LOG2E = 1.44269504f;
   for (int i = 0; i < rows; ++i) {
-    top[i] = t.sinks ? t.sinks[i] : HIDDEN;
+    top[i] = t.sinks ? t.sinks[i] * LOG2E : HIDDEN;
     total[i] = t.sinks ? 1.0f : 0.0f;
   }
   std::memset(sums, 0, rows * t.v_padded * sizeof(float));
@@ -180,7 +213,7 @@ void attention_of(const Attention& t) {
         std::memset(words + i * BLOCK, 0, BLOCK * sizeof(float));
         continue;
       }
-      const float shrink = softmax_block<A>(scores + i * BLOCK, first, last, t.scale, top[i], total[i], words + i * BLOCK);
+      const float shrink = softmax_block<A>(scores + i * BLOCK, first, last, t.scale * LOG2E, top[i], total[i], words + i * BLOCK);
       if (shrink != 1.0f)
         for (int v = 0; v < t.v_padded; ++v) sums[i * t.v_padded + v] *= shrink;
     }
@@ -217,8 +250,11 @@ void norm(Arithmetic a, const float* x, const float* weight, int64_t dim, float 
   if (a == Arithmetic::F32) {
     for (int64_t i = 0; i < dim; ++i) out[i] = bits_of(x[i] * r * weight[i]);
   } else {
-    for (int64_t i = 0; i < dim / 2; ++i)
-      out[i] = bf16_pair(x[2 * i] * r * weight[2 * i], x[2 * i + 1] * r * weight[2 * i + 1]);
+    const Isa::Vec factor = Isa::set(r);
+    const auto scaled = [&](int64_t i) { return Isa::mul(Isa::mul(Isa::load(x + i), factor), Isa::load(weight + i)); };
+    int64_t i = 0;
+    for (; i + 2 * Isa::LANES <= dim; i += 2 * Isa::LANES) Isa::store_bf16(out + i / 2, scaled(i), scaled(i + Isa::LANES));
+    for (; i + 2 <= dim; i += 2) out[i / 2] = bf16_pair(x[i] * r * weight[i], x[i + 1] * r * weight[i + 1]);
     if (dim % 2) out[dim / 2] = bf16_pair(x[dim - 1] * r * weight[dim - 1], 0.0f);
   }
 }

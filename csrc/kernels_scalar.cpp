@@ -24,6 +24,14 @@ struct Isa {
     for (int i = 0; i < LANES; ++i) a.v[i] += b.v[i];
     return a;
   }
+  static Vec sub(Vec a, const Vec& b) {
+    for (int i = 0; i < LANES; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  static Vec mul(Vec a, const Vec& b) {
+    for (int i = 0; i < LANES; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
   static Vec fma(const Vec& a, const Vec& b, Vec c) {
     for (int i = 0; i < LANES; ++i) c.v[i] += a.v[i] * b.v[i];
     return c;
@@ -41,6 +49,25 @@ struct Isa {
     float r = 0.0f;
     for (float v : x.v) r += v;
     return r;
+  }
+  static Vec keep(Vec x, int first, int last, float other) {
+    for (int i = 0; i < LANES; ++i) x.v[i] = i >= first && i <= last ? x.v[i] : other;
+    return x;
+  }
+  static Vec nearest(Vec x) {  // adding and taking away 1.5 * 2^23 rounds; larger numbers are whole already
+    for (float& v : x.v) v = std::fabs(v) < 0x1p22f ? (v + 12582912.0f) - 12582912.0f : v;
+    return x;
+  }
+  static Vec scale(Vec x, const Vec& n) {
+    for (int i = 0; i < LANES; ++i) {
+      const float whole = n.v[i] < -127.0f ? -127.0f : n.v[i];
+      x.v[i] *= float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+    }
+    return x;
+  }
+  static void store_bf16(uint32_t* to, const Vec& low, const Vec& high) {
+    for (int i = 0; i < LANES / 2; ++i) to[i] = bf16_pair(low.v[2 * i], low.v[2 * i + 1]);
+    for (int i = 0; i < LANES / 2; ++i) to[LANES / 2 + i] = bf16_pair(high.v[2 * i], high.v[2 * i + 1]);
   }
   static Pair pair_of_bf16(const uint8_t* at) {
     Pair r;

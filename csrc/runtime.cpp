@@ -149,10 +149,19 @@ void Runtime::norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const 
                   l.normed.data() + n * step.hidden_words);
 }
 
-// out = rows times the matrix: each thread takes a run of panels.
+// out = rows times the matrix: each thread takes a run of panels or, of many rows and panels that do not come out even, a run
+// of rows.
 void Runtime::project(const Matrix& matrix, const uint32_t* const* rows, int64_t num_rows, float* out, int64_t stride,
                       int thread) {
-  const auto [begin, end] = share(matrix.panels(), thread, pool_.size());
+  const int threads = pool_.size();
+  if (matrix.panels() % threads != 0 && matrix.panels() < 16 * threads && num_rows >= TILE_ROWS * threads) {
+    const auto [first, last] = share(num_rows, thread, threads);
+    for (int64_t panel = 0; panel < matrix.panels(); ++panel)
+      matrix.multiply(kernels_, panel, rows + first, static_cast<int>(last - first), out + first * stride + panel * PANEL,
+                      stride);
+    return;
+  }
+  const auto [begin, end] = share(matrix.panels(), thread, threads);
   for (int64_t panel = begin; panel < end; ++panel)
     matrix.multiply(kernels_, panel, rows, static_cast<int>(num_rows), out + panel * PANEL, stride);
 }
