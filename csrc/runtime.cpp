@@ -42,6 +42,7 @@ Runtime::Runtime(RuntimeConfig config)
   declare_weights();
   ring_words_ = ring_words;
   page_words_ = page_words;
+  short_tokens_ = std::min(attention_tile(c.global), attention_tile(c.sliding));
   rings_ = Buffer<uint32_t>(ring_words * c.num_rows);
   pages_ = Buffer<uint32_t>(page_words * c.num_pages);
   histories_.resize(c.num_rows);
@@ -119,6 +120,9 @@ void Runtime::prepare(Step& step, const std::vector<Sequence>& sequences) {
     step.has_linear |= s.is_long;
     most = std::max<int64_t>(most, s.start + s.count);
   }
+  step.is_short = true;
+  for (const Sequence& s : step.sequences)  // one attention tile per group, and queries that need it
+    step.is_short &= s.count <= 1 + config_.mtp_heads && s.query_from < s.count && s.count <= short_tokens_;
   step.replicated = step.n <= std::max<int64_t>(4, 4096 / config_.hidden);
   for (auto& l : locals_) l->pending = Pending::NONE;
   if (step.has_linear) step.reserve_linear(linear_slots, config_);
@@ -219,36 +223,12 @@ void Runtime::attention_inputs(Layer& layer, Step& step, int thread) {
   pool_.barrier();
   locals_[thread]->pending = Pending::NONE;
 
+  if (step.is_short) return;  // whoever attends places what it needs itself, without waiting for the others
   const Geometry& g = geometry(layer);
   const CacheShape& shape = layer.cache;
-  const float* angles = angles_[layer.sliding].data();
-  uint32_t key[1024];
-  const auto [from, to] = share(step.n * (g.groups + g.heads), thread, pool_.size());
-  for (int64_t task = from; task < to; ++task) {
-    const int64_t n = task / (g.groups + g.heads), part = task % (g.groups + g.heads);
-    const Sequence& s = step.sequences[step.owner[n]];
-    const int64_t position = step.position[n];
-    const float* row = step.qkv.data() + n * step.qkv_stride;
-    const float* cosine = angles + position * 2 * g.rotary_half;
-    if (part < g.heads) {
-      if (n - s.offset < s.query_from) continue;
-      kernels_.rotate(config_.arithmetic, row + part * g.qk, cosine, cosine + g.rotary_half, g.rotary_half, g.qk,
-                      step.queries.data() + (n * g.heads + part) * step.query_words);
-      continue;
-    }
-    const int group = static_cast<int>(part) - g.heads;
-    kernels_.rotate(config_.arithmetic, row + g.heads * g.qk + group * g.qk, cosine, cosine + g.rotary_half, g.rotary_half,
-                    g.qk, key);
-    const float* value = row + (g.heads + g.groups) * g.qk + group * g.v;
-    if (!layer.sliding) {
-      uint32_t* page = pages_.data() + s.pages[position / BLOCK] * page_words_ + layer.offset;
-      Store(shape, page, group).write(static_cast<int>(position % BLOCK), key, value, g.v, config_.value_scale);
-    } else if (s.is_long) {
-      step.linear(s, shape, group).write(static_cast<int>(position - s.linear_first), key, value, g.v, config_.value_scale);
-    } else if (n - s.offset >= s.count - shape.slots) {
-      ring(layer, s.row, group).write(static_cast<int>(position % shape.slots), key, value, g.v, config_.value_scale);
-    }
-  }
+  const int parts = g.heads + g.groups;
+  const auto [from, to] = share(step.n * parts, thread, pool_.size());
+  for (int64_t task = from; task < to; ++task) place(layer, step, task / parts, static_cast<int>(task % parts));
   if (layer.sliding && step.has_linear)  // the keys of the window before the new tokens
     for (const Sequence& s : step.sequences) {
       if (!s.is_long) continue;
@@ -264,14 +244,55 @@ void Runtime::attention_inputs(Layer& layer, Step& step, int thread) {
   pool_.barrier();
 }
 
+// Of token n: rotate a query head (`part` below the number of heads) or put the key and value of a group into the cache.
+void Runtime::place(Layer& layer, Step& step, int64_t n, int part) {
+  const Geometry& g = geometry(layer);
+  const CacheShape& shape = layer.cache;
+  const Sequence& s = step.sequences[step.owner[n]];
+  const int64_t position = step.position[n];
+  const float* row = step.qkv.data() + n * step.qkv_stride;
+  const float* cosine = angles_[layer.sliding].data() + position * 2 * g.rotary_half;
+  if (part < g.heads) {
+    if (n - s.offset < s.query_from) return;
+    kernels_.rotate(config_.arithmetic, row + part * g.qk, cosine, cosine + g.rotary_half, g.rotary_half, g.qk,
+                    step.queries.data() + (n * g.heads + part) * step.query_words);
+    return;
+  }
+  const int group = part - g.heads;
+  uint32_t key[1024];
+  kernels_.rotate(config_.arithmetic, row + g.heads * g.qk + group * g.qk, cosine, cosine + g.rotary_half, g.rotary_half,
+                  g.qk, key);
+  const float* value = row + (g.heads + g.groups) * g.qk + group * g.v;
+  if (!layer.sliding) {
+    uint32_t* page = pages_.data() + s.pages[position / BLOCK] * page_words_ + layer.offset;
+    Store(shape, page, group).write(static_cast<int>(position % BLOCK), key, value, g.v, config_.value_scale);
+  } else if (s.is_long) {
+    step.linear(s, shape, group).write(static_cast<int>(position - s.linear_first), key, value, g.v, config_.value_scale);
+  } else if (n - s.offset >= s.count - shape.slots) {
+    ring(layer, s.row, group).write(static_cast<int>(position % shape.slots), key, value, g.v, config_.value_scale);
+  }
+}
+
+void Runtime::place_group(Layer& layer, Step& step, const Sequence& s, int group) {
+  const Geometry& g = geometry(layer);
+  const int per_group = g.heads / g.groups;
+  for (int64_t n = s.offset; n < s.offset + s.count; ++n) {
+    for (int head = group * per_group; head < (group + 1) * per_group; ++head) place(layer, step, n, head);
+    place(layer, step, n, g.heads + group);
+  }
+}
+
 void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
   const Geometry& g = geometry(layer);
-  const int tile = std::max(1, ATTENTION_ROWS * g.groups / g.heads);
+  const int tile = attention_tile(g);
   int64_t task = 0;
   for (const Sequence& s : step.sequences)
     for (int begin = s.query_from; begin < s.count; begin += tile)
       for (int group = 0; group < g.groups; ++group)
-        if (task++ % pool_.size() == thread) attend(layer, step, s, group, begin, std::min(begin + tile, s.count), thread);
+        if (task++ % pool_.size() == thread) {
+          if (step.is_short) place_group(layer, step, s, group);
+          attend(layer, step, s, group, begin, std::min(begin + tile, s.count), thread);
+        }
   if (layer.sliding && step.has_linear) write_kept(layer, step, thread);
   pool_.barrier();
   if (step.num_queries != step.n) {  // MTP heads: only some tokens go on

@@ -130,6 +130,8 @@ class Runtime {
   void project(const Matrix& matrix, const uint32_t* const* rows, int64_t num_rows, float* out, int64_t stride,
                int thread);
   void attention_inputs(Layer& layer, Step& step, int thread);
+  void place(Layer& layer, Step& step, int64_t n, int part);
+  void place_group(Layer& layer, Step& step, const Sequence& sequence, int group);
   void attention_phase(Layer& layer, Step& step, int thread);
   void attend(Layer& layer, Step& step, const Sequence& sequence, int group, int begin, int end, int thread);
   void write_kept(Layer& layer, Step& step, int thread);
@@ -164,6 +166,7 @@ class Runtime {
   Buffer<uint32_t> rings_, pages_;
   std::vector<History> histories_;
   int64_t ring_words_ = 0, page_words_ = 0;     // of one row, of one page
+  int short_tokens_ = 0;                        // see Step::is_short
   std::unique_ptr<Step> main_, heads_;
   std::vector<std::unique_ptr<Local>> locals_;  // one per thread, then the shared one
   std::vector<float> angles_[2];                // cos and sin rows of global and sliding layers

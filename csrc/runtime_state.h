@@ -16,6 +16,9 @@ constexpr int ROUTER_ROWS = 8;
 constexpr int MAX_CHOICES = 256;  // experts per token
 constexpr int MAX_HISTORY = 16;   // positions a row may hold back before the heads catch up
 
+// Tokens of an attention tile.
+inline int attention_tile(const Geometry& g) { return std::max(1, ATTENTION_ROWS * g.groups / g.heads); }
+
 // The run of `count` items that belongs to a thread.
 inline std::pair<int64_t, int64_t> share(int64_t count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
@@ -106,6 +109,7 @@ struct Runtime::Step {
   int64_t n = 0, num_queries = 0;
   bool replicated = false;  // every thread computes all rows of the cheap parts for itself, which saves barriers
   bool has_linear = false;
+  bool is_short = false;  // every sequence has so few tokens that one tile per group attends for all of them
   std::vector<Sequence> sequences;
   std::vector<int32_t> position, owner;
   int64_t hidden_words, query_words, attended_words, qkv_stride, y_stride, logit_stride, inner_words;
