@@ -223,7 +223,7 @@ void Runtime::attention_inputs(Layer& layer, Step& step, int thread) {
   pool_.barrier();
   locals_[thread]->pending = Pending::NONE;
 
-  if (step.is_short) return;  // whoever attends places what it needs itself, without waiting for the others
+  if (places_itself(layer, step)) return;
   const Geometry& g = geometry(layer);
   const CacheShape& shape = layer.cache;
   const int parts = g.heads + g.groups;
@@ -273,6 +273,11 @@ void Runtime::place(Layer& layer, Step& step, int64_t n, int part) {
   }
 }
 
+// Whether whoever attends to a group also places its keys and queries, without waiting for the others.
+bool Runtime::places_itself(const Layer& layer, const Step& step) const {
+  return step.is_short && static_cast<int>(step.sequences.size()) * geometry(layer).groups >= pool_.size();
+}
+
 void Runtime::place_group(Layer& layer, Step& step, const Sequence& s, int group) {
   const Geometry& g = geometry(layer);
   const int per_group = g.heads / g.groups;
@@ -284,15 +289,21 @@ void Runtime::place_group(Layer& layer, Step& step, const Sequence& s, int group
 
 void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
   const Geometry& g = geometry(layer);
-  const int tile = attention_tile(g);
+  const int tile = attention_tile(g), per_group = g.heads / g.groups;
+  const bool places = places_itself(layer, step);
+  // With fewer groups than threads their heads are shared out too.
+  const auto tasks = static_cast<int>(step.sequences.size()) * g.groups;
+  const int parts = std::clamp(pool_.size() / tasks, 1, per_group);
   int64_t task = 0;
   for (const Sequence& s : step.sequences)
     for (int begin = s.query_from; begin < s.count; begin += tile)
-      for (int group = 0; group < g.groups; ++group)
-        if (task++ % pool_.size() == thread) {
-          if (step.is_short) place_group(layer, step, s, group);
-          attend(layer, step, s, group, begin, std::min(begin + tile, s.count), thread);
-        }
+      for (int i = 0; i < g.groups * parts; ++i) {
+        if (task++ % pool_.size() != thread) continue;
+        const int group = i / parts, part = i % parts, first = group * per_group;
+        if (places) place_group(layer, step, s, group);
+        attend(layer, step, s, group, first + per_group * part / parts, first + per_group * (part + 1) / parts, begin,
+               std::min(begin + tile, s.count), thread);
+      }
   if (layer.sliding && step.has_linear) write_kept(layer, step, thread);
   pool_.barrier();
   if (step.num_queries != step.n) {  // MTP heads: only some tokens go on
@@ -306,16 +317,15 @@ void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
   locals_[thread]->pending = Pending::ROWS;
 }
 
-// Tokens begin .. end - 1 of a sequence, the heads of one group: softmax over all visible keys.
-void Runtime::attend(Layer& layer, Step& step, const Sequence& s, int group, int begin, int end, int thread) {
+// Tokens begin .. end - 1 of a sequence, heads first_head .. end_head - 1 of one group: softmax over all visible keys.
+void Runtime::attend(Layer& layer, Step& step, const Sequence& s, int group, int first_head, int end_head, int begin,
+                     int end, int thread) {
   const Geometry& g = geometry(layer);
   const CacheShape& shape = layer.cache;
   Local& mine = *locals_[thread];
-  const int per_group = g.heads / g.groups;
   int rows = 0;
   for (int i = begin; i < end; ++i)
-    for (int r = 0; r < per_group; ++r, ++rows) {
-      const int head = group * per_group + r;
+    for (int head = first_head; head < end_head; ++head, ++rows) {
       const int64_t position = s.start + i, out = s.query_offset + i - s.query_from;
       mine.query_rows[rows] = step.queries.data() + ((s.offset + i) * g.heads + head) * step.query_words;
       mine.out_rows[rows] = step.attended.data() + out * step.attended_words + head * words_for(config_.arithmetic, g.v);

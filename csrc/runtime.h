@@ -131,9 +131,11 @@ class Runtime {
                int thread);
   void attention_inputs(Layer& layer, Step& step, int thread);
   void place(Layer& layer, Step& step, int64_t n, int part);
+  bool places_itself(const Layer& layer, const Step& step) const;
   void place_group(Layer& layer, Step& step, const Sequence& sequence, int group);
   void attention_phase(Layer& layer, Step& step, int thread);
-  void attend(Layer& layer, Step& step, const Sequence& sequence, int group, int begin, int end, int thread);
+  void attend(Layer& layer, Step& step, const Sequence& sequence, int group, int first_head, int end_head,
+              int begin, int end, int thread);
   void write_kept(Layer& layer, Step& step, int thread);
   void ring_blocks(const Store& ring, int64_t first, int64_t last, int v_dim, Local& mine);
   void feed_forward(Layer& layer, Step& step, int thread);
