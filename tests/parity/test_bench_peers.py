@@ -10,7 +10,6 @@ import torch
 from openmimo.checkpoint.gguf import save_gguf
 from openmimo.checkpoint.save import save_model
 from openmimo.config.model import preset
-from openmimo.engine import Engine, SamplingParams
 from openmimo.errors import RequestError
 from openmimo.model.model import MiMoModel, build_model
 
@@ -32,6 +31,14 @@ def last_logits(model: MiMoModel) -> torch.Tensor:
         return model(texts_BT).logits[:, -1]
 
 
+def greatest_gap(model: MiMoModel, prompt: list[int], text: tuple[int, ...]) -> float:
+    """How far a token of `text` is from the most probable one, in the model's own logits after the text before it."""
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1]
+    chosen_T = logits_TV.gather(1, torch.tensor(text)[:, None])[:, 0]
+    return float((logits_TV.max(1).values - chosen_T).max())
+
+
 def test_llama_cpp(model: MiMoModel, tmp_path: Path) -> None:
     """Sequences mixed up, positions that stand still, or a batch whose text is not greedy."""
     pytest.importorskip("llama_cpp")
@@ -47,13 +54,16 @@ def test_llama_cpp(model: MiMoModel, tmp_path: Path) -> None:
     assert context is not None
     theirs_BV = torch.stack([torch.from_numpy(context.logits(row).copy()) for row in range(3)])
     # The cache is in float16, as in its best settings.
-    difference = (theirs_BV - last_logits(model)).abs().max() / last_logits(model).std()
-    print(f"difference {float(difference):.1e}")
-    assert difference < 0.02
-    ours = Engine(model).generate(PROMPTS, SamplingParams(max_tokens=8, ignore_eos=True))
+    error = float((theirs_BV - last_logits(model)).abs().max())
+    print(f"difference {error:.1e}")
+    assert error < 0.02 * last_logits(model).std()
+    # Rounding may turn two tokens that are closer than the errors of both; a wrong cache is off by whole logits.
     for num_drafts in (0, 3):
         made = peer.generate(PROMPTS, 8, num_drafts=num_drafts)
-        assert made.token_ids == tuple(completion.token_ids for completion in ours)
+        gaps = [greatest_gap(model, prompt, text) for prompt, text in zip(PROMPTS, made.token_ids, strict=True)]
+        print(f"{num_drafts} drafts: gaps {gaps}")
+        assert [len(text) for text in made.token_ids] == [8, 8, 8]
+        assert max(gaps) <= 2 * error
     peer.close()
 
 
