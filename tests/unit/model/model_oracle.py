@@ -167,15 +167,15 @@ class Oracle:
         sink = self.weights.get(prefix + "attention_sink_bias")
         out = np.zeros((num_tokens, g.num_heads, g.v_head_dim))
         for i in range(num_tokens):
+            q[i] = [rotate(vector, positions[i], rotary, g.rope_theta) for vector in q[i]]
+            k[i] = [rotate(vector, positions[i], rotary, g.rope_theta) for vector in k[i]]
             for head in range(g.num_heads):
                 group = head // (g.num_heads // g.num_kv_heads)
-                query = rotate(q[i, head], positions[i], rotary, g.rope_theta)
                 total = math.exp(sink[head]) if sink is not None else 0.0
                 for j in range(i + 1):
                     if documents[j] != documents[i] or (g.window_keys is not None and i - j >= g.window_keys):
                         continue
-                    key = rotate(k[j, group], positions[j], rotary, g.rope_theta)
-                    weight = math.exp(float(query @ key) / math.sqrt(g.qk_head_dim))
+                    weight = math.exp(float(q[i, head] @ k[j, group]) / math.sqrt(g.qk_head_dim))
                     total += weight
                     out[i, head] += weight * v[j, group]
                 out[i, head] /= total

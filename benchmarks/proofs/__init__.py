@@ -1,0 +1,1 @@
+"""What `engine_proofs.py` runs, one file per proof."""

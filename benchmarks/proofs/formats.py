@@ -1,0 +1,200 @@
+"""Logits of every runner, weight format and instruction set beside a float64 twin of the model."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from common import print_table
+from openmimo import tasks
+from openmimo.checkpoint import load_model
+from openmimo.engine.loading import TORCH_WEIGHTS, RunnerOptions, load_tokenizer, open_runner
+from openmimo.engine.native_runner import KERNELS_VARIABLE, WEIGHTS, load_extension
+from openmimo.engine.runner import PAGE_TOKENS, Runner, StepInput
+from openmimo.text import ChatTemplate, Tokenizer
+from proofs.small_model import DOMAINS, problem_text
+
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "unit" / "model"))
+from model_oracle import Oracle
+
+FP32_BAR = 1e-5  # greatest difference of logits of order 1
+KL_BARS = {"int8": 1e-3}  # nats, mean over tokens
+TEXT_TOKENS = 200
+
+Logits = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """A runner, its weights and, for the native one, its table of kernels."""
+
+    runner: str
+    weights: str
+    kernels: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.runner, self.kernels, self.weights)))
+
+
+@dataclass(frozen=True)
+class Job:
+    path: ForwardPath
+    folder: Path
+    texts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A path beside the reference, `share` being `difference` over the greatest logit; KL(reference || path)."""
+
+    path: ForwardPath
+    difference: float
+    share: float
+    mean_kl: float
+    median_kl: float
+
+    @classmethod
+    def of(cls, path: ForwardPath, expected_NV: Logits, found_NV: Logits) -> Comparison:
+        p_NV, q_NV = log_softmax(expected_NV), log_softmax(found_NV)
+        kl_N = (np.exp(p_NV) * (p_NV - q_NV)).sum(-1)
+        difference = float(np.abs(expected_NV - found_NV).max())
+        share = difference / float(np.abs(expected_NV).max())
+        return cls(path, difference, share, float(kl_N.mean()), float(np.median(kl_N)))
+
+    @property
+    def row(self) -> tuple[object, ...]:
+        return (self.path, self.difference, self.share, self.mean_kl, self.median_kl)
+
+    @property
+    def record(self) -> dict[str, object]:
+        return {**vars(self), "path": str(self.path)}
+
+
+def all_paths() -> list[ForwardPath]:
+    """Everything this machine can run."""
+    kernels = load_extension().available_kernels()
+    native = [ForwardPath("native", weights, name) for weights in WEIGHTS for name in kernels]
+    return [*(ForwardPath("torch", weights) for weights in TORCH_WEIGHTS), *native]
+
+
+def prove_formats(trained: Path, random: Path, *, num_texts: int, processes: int) -> dict[str, object]:
+    """All paths on held-out text of a trained model, and the float32 ones on a random model with logits of order 1.
+
+    Figures, of which `failures` is the verdict. Trained logits reach 20 and more, where neighbours in float32 are 2e-6
+    apart, so there the bar is a share of the greatest logit.
+    """
+    started = time.perf_counter()
+    narrow = [path for path in all_paths() if path.weights != "float32"]
+    exact = [path for path in all_paths() if path.weights == "float32"]
+    order_one = compare(random, exact, num_texts=max(1, num_texts // 8), processes=processes)
+    found = compare(trained, [*exact, *narrow], num_texts=num_texts, processes=processes)
+    failures = [f"random model, {each.path}" for each in order_one if each.difference > FP32_BAR]
+    failures += [str(each.path) for each in found if each.path in exact and each.share > FP32_BAR]
+    failures += [str(each.path) for each in found if each.mean_kl > KL_BARS.get(each.path.weights, np.inf)]
+    for name, comparisons in (("random model", order_one), ("trained model", found)):
+        print(name)
+        print_table(
+            ("path", "difference", "of the greatest logit", "mean KL", "median KL"), [c.row for c in comparisons]
+        )
+    return {
+        "failures": failures,
+        "tokens": num_texts * TEXT_TOKENS,
+        "random_model": [each.record for each in order_one],
+        "trained_model": [each.record for each in found],
+        "bars": {"float32": FP32_BAR, "kl": KL_BARS},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def compare(folder: Path, paths: Sequence[ForwardPath], *, num_texts: int, processes: int) -> list[Comparison]:
+    """Each path in a process of its own, because its environment chooses the kernels."""
+    texts, context = make_texts(folder, num_texts), multiprocessing.get_context("spawn")
+    with context.Pool(processes) as pool:
+        expected = pool.map(_reference, [(folder, text) for text in texts], chunksize=1)
+    found: list[Comparison] = []
+    with context.Pool(processes, maxtasksperchild=1) as pool:
+        for path, logits in zip(
+            paths, pool.imap(_logits, [Job(path, folder, texts) for path in paths], chunksize=1), strict=True
+        ):
+            found.append(Comparison.of(path, np.concatenate(expected), np.concatenate(logits)))
+            print(f"{path}: {found[-1].row[1:]}", file=sys.stderr, flush=True)
+    return found
+
+
+def log_softmax(logits_NV: Logits) -> Logits:
+    shifted_NV = logits_NV - logits_NV.max(-1, keepdims=True)
+    return shifted_NV - np.log(np.exp(shifted_NV).sum(-1, keepdims=True))
+
+
+def make_texts(folder: Path, count: int) -> list[list[int]]:
+    """Held-out problems with their answers: chats in the model's tokens, or bytes for one without a tokenizer."""
+    tokenizer, texts = load_tokenizer(folder), []
+    for index in range(count):
+        ids: list[int] = []
+        number = index
+        while len(ids) < TEXT_TOKENS:
+            if isinstance(tokenizer, Tokenizer):
+                problem = tasks.sample_problem(
+                    DOMAINS[number % len(DOMAINS)], split="test", level=1, seed=1, index=number
+                )
+                turns = [
+                    {"role": "user", "content": problem.prompt},
+                    {"role": "assistant", "content": problem.solution},
+                ]
+                ids += ChatTemplate(tokenizer).render_training(turns)[0]
+            else:
+                ids += problem_text(number, split="test", seed=1).encode()
+            number += count
+        texts.append(ids[:TEXT_TOKENS])
+    return texts
+
+
+def _reference(work: tuple[Path, list[int]]) -> Logits:
+    folder, ids = work
+    oracle = Oracle(load_model(folder, dtype="float32"))
+    return oracle.forward(ids, range(len(ids)), [0] * len(ids)).logits_TV
+
+
+def _logits(job: Job) -> list[Logits]:
+    """In a process of its own."""
+    os.environ[KERNELS_VARIABLE] = job.path.kernels
+    options = RunnerOptions(
+        kind=job.path.runner,
+        weights=job.path.weights,
+        verify=False,
+        max_batch=1,
+        step_tokens=TEXT_TOKENS,
+        cache_tokens=TEXT_TOKENS,
+        prefix_cache_bytes=0,
+        threads=1,
+    )
+    runner = open_runner(job.folder, options)
+    assert job.path.kernels in ("", getattr(runner, "kernels", ""))
+    return [_feed(runner, ids) for ids in job.texts]
+
+
+def _feed(runner: Runner, ids: list[int]) -> Logits:
+    """Logits after every token: half of the text as a prompt, the rest as an answer, token by token."""
+    table = np.arange(-(-TEXT_TOKENS // PAGE_TOKENS), dtype=np.int32)
+    row, half, start, found = np.zeros(1, np.int32), len(ids) // 2, 0, []
+    for count in (half, *[1] * (len(ids) - half)):
+        step = StepInput(
+            token_ids_N=np.array(ids[start : start + count], np.int32),
+            rows_S=row,
+            starts_S=np.array([start], np.int32),
+            counts_S=np.array([count], np.int32),
+            page_tables=(table,),
+            logits_M=np.arange(count, dtype=np.int32),
+        )
+        found.append(runner.forward(step).logits_MV.astype(np.float64))
+        runner.commit(row, np.array([count], np.int32))
+        start += count
+    return np.concatenate(found)
