@@ -65,14 +65,14 @@ def bench_command(
     plan = BenchPlan(
         work=what.value,
         model=model,
-        against=_words(against),
+        against=parse_words(against),
         runner=runner,
         weights=weights.value,
-        batches=_numbers("--batches", batches or _BATCHES.get(what, "1")),
-        contexts=_numbers("--contexts", contexts or _CONTEXTS.get(what, "128")),
+        batches=parse_numbers("--batches", batches or _BATCHES.get(what, "1")),
+        contexts=parse_numbers("--contexts", contexts or _CONTEXTS.get(what, "128")),
         num_tokens=tokens,
         num_drafts=drafts,
-        domains=_words(domains),
+        domains=parse_words(domains),
         rounds=rounds,
         threads=threads or usable_cores(),
         work_dir=work_dir,
@@ -80,12 +80,14 @@ def bench_command(
     print_rows(plan, run_bench(plan))
 
 
-def _words(text: str) -> tuple[str, ...]:
+def parse_words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    words = _words(text)
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them. Raises: RequestError that names the option."""
+    words = parse_words(text)
     if not words or not all(word.isdecimal() for word in words):
         raise RequestError(f"{option} {text!r} must be whole numbers with commas between them, such as 8,32")
     return tuple(map(int, words))

@@ -22,6 +22,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "eval": ("openmimo.cli.evaluate", "eval_command"),
     "convert": ("openmimo.cli.convert", "convert_command"),
     "bench": ("openmimo.cli.bench", "bench_command"),
+    "reproduce": ("openmimo.cli.reproduce", "reproduce_app"),
     "doctor": ("openmimo.cli.doctor", "doctor_command"),
 }
 
