@@ -70,7 +70,9 @@ def table10_command(
         str, typer.Option(help="Tokens per step to set, comma-separated.")
     ] = "2.8,3.0,3.2,3.4,3.6,3.8",
     domains: DomainsOption = "math,code,logic",
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens per answer.")] = 64,
+    tokens: Annotated[
+        int, typer.Option(min=8, help="Tokens per answer; beyond its end an answer is foretold worse.")
+    ] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in turns; the medians count.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="0: all usable cores.")] = 0,
     weights: WeightsOption = WeightsChoice.BF16,

@@ -149,7 +149,7 @@ def measure_table10(
 
 
 def print_table10(cells: Sequence[SpeedCell]) -> None:
-    """Speed-ups: a line for every kind of drafts, a column for every batch."""
+    """Speed-ups: a line for every kind of drafts, a column for every batch; then how far rounds lay apart."""
     batches = list(dict.fromkeys(cell.batch for cell in cells))
     lines: dict[tuple[str, float | None], dict[int, SpeedCell]] = {}
     for cell in cells:
@@ -160,6 +160,10 @@ def print_table10(cells: Sequence[SpeedCell]) -> None:
         measured = mean(cell.acceptance_length for cell in line.values())
         rows.append([source, f"{measured:.2f}", *(f"{line[batch].speedup:.2f}x" for batch in batches)])
     print_table(("drafts", "tokens/step", *(f"batch {batch}" for batch in batches)), rows)
+    middle, worst = median(cell.spread for cell in cells), max(cell.spread for cell in cells)
+    print(
+        f"(greatest - least) / median of the rounds: {100 * middle:.0f}% in the median cell, {100 * worst:.0f}% at most"
+    )
     cited = ", ".join(f"{gain:.2f}x at batch {batch} and {length:g}" for batch, length, gain in REPORT_CELLS)
     print(f"MiMo-V2-Flash report, per node of GPUs: {REPORT_LEAST:.2f}x to {REPORT_GREATEST:.2f}x; {cited}")
 
