@@ -62,7 +62,7 @@ def prove(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, ob
             processes=options.processes,
         )
     save_random_model(scratch / "random")
-    return prove_formats(folder, scratch / "random", num_texts=options.texts, processes=options.processes)
+    return prove_formats(folder, scratch / "random", num_tokens=options.text_tokens, processes=options.processes)
 
 
 def _model_folder(named: Path | None, scratch: Path) -> Path:
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=200, help="of determinism")
     parser.add_argument("--draws", type=int, default=1_000_000, help="of distribution, per option")
     parser.add_argument("--steps", type=int, default=100_000, help="of cache")
-    parser.add_argument("--texts", type=int, default=48, help="of formats, 200 tokens each")
+    parser.add_argument("--text-tokens", type=int, default=60_000, help="of formats")
     parser.add_argument("--processes", type=int, default=usable_cores())
     options = parser.parse_args()
     figures: dict[str, object] = {}
