@@ -8,6 +8,7 @@
 
 #include "cpu.h"
 #include "runtime.h"
+#include "words.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -72,6 +73,46 @@ std::vector<Sequence> sequences_of(const Runtime& runtime, const Ints& tokens, c
   return sequences;
 }
 
+using Matrix32 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// out = x times the weight, both rounded to 8 bits: the product of the runtime alone, for tests and benchmarks.
+void integer_product_of(const std::string& kernels_name, const std::string& format, const Matrix32& weight, const Matrix32& x,
+                        const nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out) {
+  require(format == "int8" || format == "int8_block", "the format must be int8 or int8_block, got " + format);
+  const auto outputs = static_cast<int64_t>(weight.shape(0)), inputs = static_cast<int64_t>(weight.shape(1));
+  const auto num_rows = static_cast<int64_t>(x.shape(0));
+  require(static_cast<int64_t>(x.shape(1)) == inputs && static_cast<int64_t>(out.shape(0)) == num_rows &&
+              static_cast<int64_t>(out.shape(1)) == outputs,
+          "shapes do not fit: weight (outputs, inputs), x (rows, inputs), out (rows, outputs)");
+  const Kernels& kernels = choose_kernels(kernels_name);
+  Pool pool(1);
+  Matrix matrix(identity_order(outputs), inputs, format == "int8" ? Format::INT8 : Format::INT8_BLOCK, true);
+  Arena counting;
+  matrix.place(counting);
+  Buffer<uint8_t> memory(counting.used());
+  Arena arena(memory.data());
+  matrix.place(arena);
+  matrix.pack({weight.data(), false, outputs, inputs}, pool);
+  const int64_t words = words_for(Arithmetic::BF16, inputs), length = quantized_words(inputs);
+  Buffer<uint32_t> wide(words), quantized(num_rows * length);
+  Buffer<float> sums(num_rows * matrix.panels() * PANEL);
+  std::vector<const uint32_t*> rows(num_rows);
+  const InKernels scope(kernels);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    for (int64_t w = 0; w < words; ++w) {
+      const float* at = x.data() + i * inputs + 2 * w;
+      wide[w] = bf16_pair(at[0], 2 * w + 1 < inputs ? at[1] : 0.0f);
+    }
+    kernels.quantize(wide.data(), inputs, quantized.data() + i * length);
+    rows[i] = quantized.data() + i * length;
+  }
+  const int64_t stride = matrix.panels() * PANEL;
+  for (int64_t panel = 0; panel < matrix.panels(); ++panel)
+    matrix.multiply(kernels, panel, rows.data(), static_cast<int>(num_rows), sums.data() + panel * PANEL, stride);
+  for (int64_t i = 0; i < num_rows; ++i)
+    std::copy_n(sums.data() + i * stride, outputs, out.data() + i * outputs);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -80,6 +121,8 @@ NB_MODULE(_native, m) {
     for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
     return names;
   });
+
+  m.def("integer_product", &integer_product_of, "kernels"_a, "weights"_a, "weight"_a, "x"_a, "out"_a);
 
   nb::class_<Geometry>(m, "Geometry")
       .def(nb::init<>())
@@ -117,14 +160,18 @@ NB_MODULE(_native, m) {
       .def("set_weights", [](RuntimeConfig& c, const std::string& name) {
         const std::pair<const char*, Format> formats[] = {{"float32", Format::F32}, {"bf16", Format::BF16},
                                                           {"int8", Format::INT8}, {"fp8", Format::FP8},
-                                                          {"int4", Format::INT4}};
+                                                          {"int4", Format::INT4}, {"int8_block", Format::INT8_BLOCK}};
         for (const auto& [known, format] : formats)
           if (name == known) {
             c.format = format;
             c.arithmetic = format == Format::F32 ? Arithmetic::F32 : Arithmetic::BF16;
             return;
           }
-        require(false, "weights must be float32, bf16, int8, fp8 or int4, got " + name);
+        require(false, "weights must be float32, bf16, int8, int8_block, fp8 or int4, got " + name);
+      })
+      .def("set_activations", [](RuntimeConfig& c, const std::string& name) {
+        require(name == "auto" || name == "int8", "activations must be auto or int8, got " + name);
+        c.int8_activations = name == "int8";
       });
 
   nb::class_<Runtime>(m, "Runtime")

@@ -135,4 +135,35 @@ struct Isa {
 #endif
 };
 
+struct Ints {
+  using Vec = __m512i;
+  static Vec set(int32_t x) { return _mm512_set1_epi32(x); }
+  static Vec load(const float* p) { return _mm512_loadu_si512(p); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static Isa::Vec floats(Vec x) { return _mm512_cvtepi32_ps(x); }
+#if defined(__AVX512VNNI__)
+  using Bytes = __m512i;
+  using Word = __m512i;
+  static Bytes bytes_of(const uint8_t* at) { return _mm512_loadu_si512(at); }
+  static Word word_of(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
+  static Vec dot(Vec sum, Word word, Bytes bytes) { return _mm512_dpbusd_epi32(sum, bytes, word); }
+#else
+  // Bytes 0 and 2, 1 and 3 of every lane as int16: their products and the sum of two are exact.
+  struct Bytes { __m512i even, odd; };
+  using Word = Bytes;
+  static Bytes bytes_of(const uint8_t* at) {
+    const __m512i x = _mm512_loadu_si512(at);
+    return {_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(x, 8)};
+  }
+  static Word word_of(uint32_t word) {
+    const __m512i x = _mm512_set1_epi32(static_cast<int>(word));
+    return {_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
+  }
+  static Vec dot(Vec sum, const Word& word, const Bytes& bytes) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(bytes.even, word.even));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(bytes.odd, word.odd));
+  }
+#endif
+};
+
 }  // namespace

@@ -13,18 +13,20 @@ namespace openmimo {
 enum class Arithmetic : int { F32 = 0, BF16 = 1 };
 
 // How weights are stored. The narrow ones are widened to bf16 words on the way into a product; all their values are exact
-// in bf16. INT8 has one scale per output. FP8 (E4M3) has one scale per 128 x 128 block, INT4 one per output and 32 inputs:
-// for these a product sums each group of steps by itself, then adds it times its scale.
-enum class Format : int { F32 = 0, BF16 = 1, INT8 = 2, FP8 = 3, INT4 = 4 };
+// in bf16. INT8 has one scale per output. FP8 (E4M3) has one scale per 128 x 128 block, INT4 and INT8_BLOCK one per output
+// and 32 inputs: for these a product sums each group of steps by itself, then adds it times its scale.
+enum class Format : int { F32 = 0, BF16 = 1, INT8 = 2, FP8 = 3, INT4 = 4, INT8_BLOCK = 5 };
 
 // Steps (of two values) that share a scale; 0 where a product needs no scales.
-constexpr int group_steps(Format format) { return format == Format::FP8 ? 64 : format == Format::INT4 ? 16 : 0; }
+constexpr int group_steps(Format format) {
+  return format == Format::FP8 ? 64 : format == Format::INT4 || format == Format::INT8_BLOCK ? 16 : 0;
+}
 
 constexpr int scale_bytes(Format format) { return format == Format::FP8 ? 4 : 2; }
 
 // Bytes of one column in one step.
 constexpr int column_bytes(Format format) {
-  return format == Format::INT4 ? 1 : format == Format::INT8 || format == Format::FP8 ? 2 : 4;
+  return format == Format::INT4 ? 1 : format == Format::F32 || format == Format::BF16 ? 4 : 2;
 }
 
 constexpr int PANEL = 64;  // columns of a packed panel
@@ -45,7 +47,33 @@ struct Product {
   float* out;
   int64_t out_stride;
   bool accumulate;
-  const uint8_t* scales = nullptr;  // one row of PANEL per group of steps: floats for FP8, bf16 for INT4
+  const uint8_t* scales = nullptr;  // one row of PANEL per group of steps: floats for FP8, else bf16
+};
+
+// Whole-number products: a step is four inputs, signed bytes in a row's word and bytes above 128 in the panel, so that
+//   sum of x * w = sum of x * byte - 128 * sum of x
+// with sums of int32 over a block of inputs, which are exact. A quantised row holds its words, then a scale (a float) per
+// block, then 128 times the sum of the numbers of each block.
+constexpr int INTEGER_BLOCK_STEPS = group_steps(Format::INT8_BLOCK) / 2;
+
+constexpr int64_t quantized_steps(int64_t values) { return (values + 3) / 4; }
+
+constexpr int64_t quantized_words(int64_t values) {
+  const int64_t steps = quantized_steps(values);
+  return steps + 2 * ((steps + INTEGER_BLOCK_STEPS - 1) / INTEGER_BLOCK_STEPS);
+}
+
+// Steps `begin` to `end` of `num_rows` quantised rows times one panel, added to `out` unless `begin` is 0.
+struct IntegerProduct {
+  const uint32_t* const* rows;
+  int num_rows;
+  const uint8_t* panel;  // of step `begin`, PANEL words per step
+  int begin, end, row_steps;
+  int columns;  // a multiple of 16, at most PANEL
+  float* out;
+  int64_t out_stride;
+  const float* output_scales;    // one per column for the last steps of all; or null
+  const uint16_t* block_scales;  // bf16, from the block of `begin` on one row of PANEL per block; or null
 };
 
 // Keys and values of (part of) one block. Scores of lanes that no segment covers are not used.
@@ -86,6 +114,9 @@ struct Kernels {
   void (*enter)();
   void (*leave)();
   void (*product)(Format, const Product&);
+  void (*integer_product)(const IntegerProduct&);
+  // A row of bf16 words as a quantised row: signed bytes with the scale max|x| / 127 of their block.
+  void (*quantize)(const uint32_t* words, int64_t values, uint32_t* out);
   void (*attention)(Arithmetic, const Attention&);
   // x * r * weight with r = 1 / sqrt(mean(x^2) + eps), as words.
   void (*norm)(Arithmetic, const float* x, const float* weight, int64_t dim, float eps, uint32_t* out);
@@ -115,7 +146,7 @@ extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;           // bf16 products in tiles
 extern const Kernels kernels_amx_emulated;  // the same with tiles in software, for tests; needs AVX-512 BF16
-bool amx_granted();                         // whether the processor has AMX-BF16 and the system lets us use it
+bool amx_granted();                         // whether the processor has AMX-BF16 and AMX-INT8 and the system lets us use it
 #endif
 
 }  // namespace openmimo

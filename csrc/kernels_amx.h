@@ -22,16 +22,23 @@ void enter_tiles() {
 
 void leave_tiles() { tile_release(); }
 
-template <int NV>
-void tile_steps(const uint32_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride) {
-  tile_load<4>(a, a_stride * 4);
-  tile_load<5>(b, b_stride), tile_dot<0, 4, 5>();
-  if constexpr (NV > 1) tile_load<5>(b + 64, b_stride), tile_dot<1, 4, 5>();
-  if constexpr (NV > 2) tile_load<5>(b + 128, b_stride), tile_dot<2, 4, 5>();
-  if constexpr (NV > 3) tile_load<5>(b + 192, b_stride), tile_dot<3, 4, 5>();
+// bf16 words, or bytes of a quantised row and of its weights: both are words to everything else.
+template <bool INTEGER, int C>
+void dot_into() {
+  if constexpr (INTEGER) tile_dot_bytes<C, 4, 5>();
+  else tile_dot<C, 4, 5>();
 }
 
-template <int NV>
+template <bool INTEGER, int NV>
+void tile_steps(const uint32_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride) {
+  tile_load<4>(a, a_stride * 4);
+  tile_load<5>(b, b_stride), dot_into<INTEGER, 0>();
+  if constexpr (NV > 1) tile_load<5>(b + 64, b_stride), dot_into<INTEGER, 1>();
+  if constexpr (NV > 2) tile_load<5>(b + 128, b_stride), dot_into<INTEGER, 2>();
+  if constexpr (NV > 3) tile_load<5>(b + 192, b_stride), dot_into<INTEGER, 3>();
+}
+
+template <bool INTEGER, int NV>
 void tile_rows(const Product& p, int row) {
   const int rows = p.num_rows - row < TILE ? p.num_rows - row : TILE, whole = p.depth / TILE * TILE;
   alignas(64) uint32_t block[TILE * TILE] = {};
@@ -61,10 +68,10 @@ void tile_rows(const Product& p, int row) {
   for (int step = 0; step < whole; step += TILE) {
     const uint8_t* b = p.panel + step * p.stride;
     if (even) {
-      tile_steps<NV>(p.rows[row] + step, stride, b, p.stride);
+      tile_steps<INTEGER, NV>(p.rows[row] + step, stride, b, p.stride);
     } else {
       for (int i = 0; i < rows; ++i) std::memcpy(block + i * TILE, p.rows[row + i] + step, 64);
-      tile_steps<NV>(block, TILE, b, p.stride);
+      tile_steps<INTEGER, NV>(block, TILE, b, p.stride);
     }
   }
   if (whole < p.depth) {
@@ -72,7 +79,7 @@ void tile_rows(const Product& p, int row) {
     std::memset(block, 0, sizeof block);
     for (int i = 0; i < rows; ++i) std::memcpy(block + i * TILE, p.rows[row + i] + whole, rest * 4);
     for (int i = 0; i < rest; ++i) std::memcpy(tail + i * PANEL, p.panel + (whole + i) * p.stride, NV * 64);
-    tile_steps<NV>(block, TILE, reinterpret_cast<const uint8_t*>(tail), PANEL * 4);
+    tile_steps<INTEGER, NV>(block, TILE, reinterpret_cast<const uint8_t*>(tail), PANEL * 4);
   }
   tile_store<0>(sums, sums_stride * 4);
   if constexpr (NV > 1) tile_store<1>(sums + 16, sums_stride * 4);
@@ -82,12 +89,13 @@ void tile_rows(const Product& p, int row) {
     for (int i = 0; i < rows; ++i) std::memcpy(out + i * p.out_stride, partial + i * PANEL, NV * 64);
 }
 
+template <bool INTEGER = false>
 void tile_product(const Product& p) {
   for (int row = 0; row < p.num_rows; row += TILE) switch (p.columns / 16) {
-      case 4: tile_rows<4>(p, row); break;
-      case 3: tile_rows<3>(p, row); break;
-      case 2: tile_rows<2>(p, row); break;
-      default: tile_rows<1>(p, row); break;
+      case 4: tile_rows<INTEGER, 4>(p, row); break;
+      case 3: tile_rows<INTEGER, 3>(p, row); break;
+      case 2: tile_rows<INTEGER, 2>(p, row); break;
+      default: tile_rows<INTEGER, 1>(p, row); break;
     }
 }
 
@@ -134,11 +142,43 @@ void product_in_tiles(Format format, const Product& p) {
     case Format::INT8: return widened_product<Format::INT8>(p);
     case Format::FP8: return widened_product<Format::FP8>(p);
     case Format::INT4: return widened_product<Format::INT4>(p);
+    case Format::INT8_BLOCK: return widened_product<Format::INT8_BLOCK>(p);
   }
 }
 
-#define OPENMIMO_TILE_KERNELS(NAME, TEXT)                                                                        \
-  const openmimo::Kernels openmimo::NAME{TEXT, enter_tiles, leave_tiles, product_in_tiles, attention, norm, add, \
-                                         rotate, swiglu, sigmoid_all, argmax}
+// A block at a time.
+void integer_product_in_tiles(const IntegerProduct& p) {
+  constexpr int ROWS = 64;
+  alignas(64) static thread_local float part[ROWS * PANEL];
+  const uint32_t* moved[ROWS];
+  for (int first = 0; first < p.num_rows; first += ROWS) {
+    const int rows = p.num_rows - first < ROWS ? p.num_rows - first : ROWS;
+    const uint8_t* panel = p.panel;
+    const uint16_t* scales = p.block_scales;
+    for (int begin = p.begin; begin < p.end; begin += INTEGER_BLOCK_STEPS, panel += INTEGER_BLOCK_STEPS * PANEL * 4) {
+      const int steps = p.end - begin < INTEGER_BLOCK_STEPS ? p.end - begin : INTEGER_BLOCK_STEPS;
+      for (int i = 0; i < rows; ++i) moved[i] = p.rows[first + i] + begin;
+      tile_product<true>({moved, rows, panel, PANEL * 4, steps, p.columns, part, PANEL, false, nullptr});
+      const bool last = begin + steps == p.end && p.output_scales;
+      for (int i = 0; i < rows; ++i) {
+        const Ints::Vec start = Ints::set(-block_sum(p.rows[first + i], p.row_steps, begin / INTEGER_BLOCK_STEPS));
+        for (int c = 0; c < p.columns; c += 16) {
+          float* to = p.out + (first + i) * p.out_stride + c;
+          const Ints::Vec whole = Ints::add(Ints::load(part + i * PANEL + c), start);
+          Isa::Vec sum = add_block(begin > 0 ? Isa::load(to) : Isa::zero(), whole, scales ? scales + c : nullptr,
+                                   p.rows[first + i], p.row_steps, begin / INTEGER_BLOCK_STEPS);
+          if (last) sum = Isa::fma(sum, Isa::load(p.output_scales + c), Isa::zero());
+          Isa::store(to, sum);
+        }
+      }
+      if (scales) scales += PANEL;
+    }
+  }
+}
+
+#define OPENMIMO_TILE_KERNELS(NAME, TEXT)                                                                       \
+  const openmimo::Kernels openmimo::NAME{TEXT,      enter_tiles, leave_tiles, product_in_tiles, integer_product_in_tiles, \
+                                         quantize,  attention,   norm,        add,              rotate,                   \
+                                         swiglu,    sigmoid_all, argmax}
 
 }  // namespace

@@ -92,6 +92,28 @@ struct Isa {
   }
 };
 
+struct Ints {
+  using Vec = __m256i;
+  // Bytes 0 and 2, 1 and 3 of every lane as int16: their products and the sum of two are exact.
+  struct Bytes { __m256i even, odd; };
+  using Word = Bytes;
+
+  static Vec set(int32_t x) { return _mm256_set1_epi32(x); }
+  static Isa::Vec floats(Vec x) { return _mm256_cvtepi32_ps(x); }
+  static Bytes bytes_of(const uint8_t* at) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return {_mm256_and_si256(x, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(x, 8)};
+  }
+  static Word word_of(uint32_t word) {
+    const __m256i x = _mm256_set1_epi32(static_cast<int>(word));
+    return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+  }
+  static Vec dot(Vec sum, const Word& word, const Bytes& bytes) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(bytes.even, word.even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(bytes.odd, word.odd));
+  }
+};
+
 }  // namespace
 
 #include "kernels_impl.h"

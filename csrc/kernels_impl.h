@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "kernels.h"
+#include "kernels_int8.h"
 #include "words.h"
 
 namespace {
@@ -18,7 +19,7 @@ struct Operand {
   using B = Isa::Pair;
   static B load(const uint8_t* at) {
     if constexpr (F == Format::BF16) return Isa::pair_of_bf16(at);
-    else if constexpr (F == Format::INT8) return Isa::pair_of_int8(at);
+    else if constexpr (F == Format::INT8 || F == Format::INT8_BLOCK) return Isa::pair_of_int8(at);
     else if constexpr (F == Format::FP8) return Isa::pair_of_fp8(at);
     else return Isa::pair_of_int4(at);
   }
@@ -119,6 +120,7 @@ void product(Format format, const Product& p) {
     case Format::INT8: return product_of<Format::INT8>(p);
     case Format::FP8: return product_of<Format::FP8>(p);
     case Format::INT4: return product_of<Format::INT4>(p);
+    case Format::INT8_BLOCK: return product_of<Format::INT8_BLOCK>(p);
   }
 }
 
@@ -312,8 +314,8 @@ int64_t argmax(const float* x, int64_t count) {
 
 void nothing() {}
 
-#define OPENMIMO_KERNELS(NAME, TEXT)                                                                              \
-  const openmimo::Kernels openmimo::NAME{TEXT, nothing, nothing, product, attention, norm, add, rotate, swiglu, \
-                                         sigmoid_all, argmax}
+#define OPENMIMO_KERNELS(NAME, TEXT)                                                                         \
+  const openmimo::Kernels openmimo::NAME{TEXT, nothing, nothing, product, integer_product, quantize, attention, norm, \
+                                         add,  rotate,  swiglu,  sigmoid_all, argmax}
 
 }  // namespace

@@ -116,6 +116,35 @@ struct Isa {
   }
 };
 
+struct Ints {
+  static constexpr int LANES = Isa::LANES;
+  struct Vec { int32_t v[LANES]; };
+  struct Bytes { uint8_t v[LANES][4]; };
+  struct Word { int8_t v[4]; };
+
+  static Vec set(int32_t x) {
+    Vec r;
+    for (int32_t& v : r.v) v = x;
+    return r;
+  }
+  static Isa::Vec floats(const Vec& x) {
+    Isa::Vec r;
+    for (int i = 0; i < LANES; ++i) r.v[i] = static_cast<float>(x.v[i]);
+    return r;
+  }
+  static Bytes bytes_of(const uint8_t* at) {
+    Bytes r;
+    std::memcpy(r.v, at, sizeof r.v);
+    return r;
+  }
+  static Word word_of(uint32_t word) { return std::bit_cast<Word>(word); }
+  static Vec dot(Vec sum, const Word& word, const Bytes& bytes) {
+    for (int i = 0; i < LANES; ++i)
+      for (int part = 0; part < 4; ++part) sum.v[i] += int32_t{word.v[part]} * int32_t{bytes.v[i][part]};
+    return sum;
+  }
+};
+
 }  // namespace
 
 #include "kernels_impl.h"

@@ -62,7 +62,8 @@ float Source::at(int64_t row, int64_t column) const {
 // Writes the steps of one output into its column of a panel.
 class Matrix::Packer {
  public:
-  Packer(const Source& source, Format format) : source_(source), format_(format) {
+  Packer(const Source& source, Format format, bool quantized_rows)
+      : source_(source), format_(format), per_step_(quantized_rows ? 4 : 2), offset_(quantized_rows ? 128 : 0) {
     if (format != Format::FP8) return;
     // The official grid: blocks of 128 x 128, the largest value of each becomes 448.
     block_columns_ = (source.columns + 127) / 128;
@@ -91,10 +92,17 @@ class Matrix::Packer {
       float most = 0.0f;
       for (int64_t i = 0; i < source_.columns; ++i) most = std::max(most, std::fabs(value(i)));
       *output_scale = most > 0.0f ? most / 127.0f : 1.0f;
-      for (int64_t i = 0; i < steps; ++i, to += stride)
-        for (int half = 0; half < 2; ++half)
-          to[half] = static_cast<uint8_t>(static_cast<int8_t>(
-              std::lrintf(std::clamp(value(2 * i + half) / *output_scale, -127.0f, 127.0f))));
+      pack_bytes(0, steps, value, *output_scale, to, stride);
+    } else if (format_ == Format::INT8_BLOCK) {
+      const int64_t block = 2 * group_steps(format_) / per_step_;
+      for (int64_t begin = 0; begin < steps; begin += block, group_scale += PANEL * scale_bytes(format_)) {
+        const int64_t end = std::min(begin + block, steps);
+        float most = 0.0f;
+        for (int64_t i = begin * per_step_; i < end * per_step_; ++i) most = std::max(most, std::fabs(value(i)));
+        const bf16 scale = most > 0.0f ? to_bf16(most / 127.0f) : to_bf16(1.0f);
+        std::memcpy(group_scale, &scale, sizeof scale);
+        pack_bytes(begin, end, value, to_float(scale), to, stride);
+      }
     } else {
       const int64_t group = group_steps(format_);
       for (int64_t begin = 0; begin < steps; begin += group, group_scale += PANEL * scale_bytes(format_)) {
@@ -116,6 +124,15 @@ class Matrix::Packer {
   }
 
  private:
+  // Steps `begin` to `end` of a column whose first step is `to`.
+  template <typename Value>
+  void pack_bytes(int64_t begin, int64_t end, const Value& value, float scale, uint8_t* to, int64_t stride) const {
+    for (int64_t step = begin; step < end; ++step)
+      for (int64_t i = 0; i < per_step_; ++i)
+        to[step * stride + i] = static_cast<uint8_t>(
+            std::lrintf(std::clamp(value(step * per_step_ + i) / scale, -127.0f, 127.0f)) + offset_);
+  }
+
   static int level(float x) { return static_cast<int>(std::lrintf(std::clamp(x, -8.0f, 7.0f))) + 8; }
 
   // As it is stored: bf16 for INT4, where of some candidates the one with the smallest squared error is taken.
@@ -145,16 +162,19 @@ class Matrix::Packer {
 
   const Source& source_;
   Format format_;
+  int64_t per_step_, offset_;  // 8-bit weights: numbers in a step, and what is added to them
   int64_t block_columns_ = 0;
   std::vector<float> blocks_;
 };
 
-Matrix::Matrix(std::vector<int64_t> order, int64_t inputs, Format format)
-    : format_(format), order_(std::move(order)), inputs_(inputs) {
+Matrix::Matrix(std::vector<int64_t> order, int64_t inputs, Format format, bool quantized_rows)
+    : format_(format), quantized_rows_(quantized_rows), order_(std::move(order)), inputs_(inputs) {
   panels_ = (static_cast<int64_t>(order_.size()) + PANEL - 1) / PANEL;
-  steps_ = words_for(format == Format::F32 ? Arithmetic::F32 : Arithmetic::BF16, inputs_);
-  step_bytes_ = PANEL * column_bytes(format);
-  if (group_steps(format)) groups_ = (steps_ + group_steps(format) - 1) / group_steps(format);
+  const Arithmetic arithmetic = format == Format::F32 ? Arithmetic::F32 : Arithmetic::BF16;
+  steps_ = quantized_rows ? quantized_steps(inputs) : words_for(arithmetic, inputs);
+  column_bytes_ = quantized_rows ? 4 : column_bytes(format);
+  step_bytes_ = PANEL * column_bytes_;
+  if (group_size()) groups_ = (steps_ + group_size() - 1) / group_size();
 }
 
 void Matrix::place(Arena& arena) {
@@ -164,14 +184,14 @@ void Matrix::place(Arena& arena) {
 }
 
 void Matrix::pack(const Source& source, Pool& pool) {
-  const Packer packer(source, format_);
+  const Packer packer(source, format_, quantized_rows_);
   const auto outputs = static_cast<int64_t>(order_.size());
   pool.run([&](int thread) {
     for (int64_t output = thread; output < outputs; output += pool.size()) {
       if (order_[output] < 0) continue;
       const int64_t panel = output / PANEL, column = output % PANEL;
-      packer.pack(order_[output], steps_, data_ + panel * steps_ * step_bytes_ + column * column_bytes(format_),
-                  step_bytes_, output_scales_ ? output_scales_ + output : nullptr,
+      packer.pack(order_[output], steps_, data_ + panel * steps_ * step_bytes_ + column * column_bytes_, step_bytes_,
+                  output_scales_ ? output_scales_ + output : nullptr,
                   groups_ ? group_scales_ + (panel * groups_ * PANEL + column) * scale_bytes(format_) : nullptr);
     }
   });
@@ -179,6 +199,7 @@ void Matrix::pack(const Source& source, Pool& pool) {
 
 void Matrix::multiply(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
                       int64_t out_stride) const {
+  if (quantized_rows_) return multiply_quantized(kernels, panel, rows, num_rows, out, out_stride);
   // A stretch of steps at a time, so that this part of the panel stays in the first-level cache for all rows.
   constexpr int64_t STRETCH = 128;
   const int columns = static_cast<int>(std::min<int64_t>(PANEL, round_up(static_cast<int64_t>(order_.size()) - panel * PANEL, 16)));
@@ -200,6 +221,24 @@ void Matrix::multiply(const Kernels& kernels, int64_t panel, const uint32_t* con
       for (int i = 0; i < count; ++i)
         for (int c = 0; c < columns; ++c) to[i * out_stride + c] *= output_scales_[panel * PANEL + c];
   }
+}
+
+void Matrix::multiply_quantized(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
+                                int64_t out_stride) const {
+  constexpr int64_t STRETCH = 128;
+  static_assert(STRETCH % INTEGER_BLOCK_STEPS == 0);
+  const auto outputs = static_cast<int64_t>(order_.size());
+  const int columns = static_cast<int>(std::min<int64_t>(PANEL, round_up(outputs - panel * PANEL, 16)));
+  const uint8_t* data = data_ + panel * steps_ * step_bytes_;
+  const auto* scales = reinterpret_cast<const uint16_t*>(group_scales_) + panel * groups_ * PANEL;
+  const int64_t stretch = num_rows > 8 ? STRETCH : steps_;
+  for (int first = 0; first < num_rows; first += 64)
+    for (int64_t step = 0; step < steps_; step += stretch)
+      kernels.integer_product({rows + first, std::min(64, num_rows - first), data + step * step_bytes_,
+                               static_cast<int>(step), static_cast<int>(std::min(step + stretch, steps_)),
+                               static_cast<int>(steps_), columns, out + first * out_stride, out_stride,
+                               groups_ || step + stretch < steps_ ? nullptr : output_scales_ + panel * PANEL,
+                               groups_ ? scales + step / INTEGER_BLOCK_STEPS * PANEL : nullptr});
 }
 
 std::vector<int64_t> identity_order(int64_t count) {

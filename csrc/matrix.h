@@ -47,8 +47,9 @@ struct Source {
 class Matrix {
  public:
   Matrix() = default;
-  // `order[c]` is the source row that becomes output c, -1 for a column of zeros.
-  Matrix(std::vector<int64_t> order, int64_t inputs, Format format);
+  // `order[c]` is the source row that becomes output c, -1 for a column of zeros. With `quantized_rows` (INT8 and INT8_BLOCK
+  // only) it is multiplied with quantised rows, in whole numbers.
+  Matrix(std::vector<int64_t> order, int64_t inputs, Format format, bool quantized_rows = false);
 
   // Where the packed weight is to lie, or lies already; see Arena.
   void place(Arena& arena);
@@ -56,6 +57,8 @@ class Matrix {
 
   bool empty() const { return panels_ == 0; }
   int64_t panels() const { return panels_; }
+  bool quantized_rows() const { return quantized_rows_; }
+  int64_t inputs() const { return inputs_; }
 
   // out (rows x PANEL or wider) = rows times panel `panel`, scaled.
   void multiply(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
@@ -64,12 +67,18 @@ class Matrix {
  private:
   class Packer;
 
+  int64_t group_size() const { return quantized_rows_ ? group_steps(format_) / 2 : group_steps(format_); }
+  void multiply_quantized(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,
+                          int64_t out_stride) const;
+
   Format format_ = Format::F32;
+  bool quantized_rows_ = false;
   std::vector<int64_t> order_;
   int64_t inputs_ = 0, panels_ = 0, steps_ = 0, step_bytes_ = 0, groups_ = 0;
+  int column_bytes_ = 4;
   uint8_t* data_ = nullptr;
   float* output_scales_ = nullptr;   // INT8: one per output
-  uint8_t* group_scales_ = nullptr;  // FP8, INT4: per panel and group of steps one row of PANEL, see Product
+  uint8_t* group_scales_ = nullptr;  // FP8, INT4, INT8_BLOCK: per panel and group of steps one row of PANEL, see Product
 };
 
 std::vector<int64_t> identity_order(int64_t count);

@@ -15,6 +15,8 @@ Runtime::Runtime(RuntimeConfig config)
   const bool packed = c.arithmetic == Arithmetic::BF16;
   if ((c.arithmetic == Arithmetic::F32) != (c.format == Format::F32))
     throw std::invalid_argument("fp32 arithmetic needs fp32 weights, and bf16 arithmetic bf16 or int8 weights");
+  if (c.int8_activations && c.format != Format::INT8 && c.format != Format::INT8_BLOCK)
+    throw std::invalid_argument("activations=\"int8\" needs weights=\"int8\" or \"int8_block\"");
   if (packed && (c.hidden % 2 || c.global.v % 2 || c.sliding.v % 2))
     throw std::invalid_argument("bf16 arithmetic needs even hidden and V sizes; use weights=\"float32\"");
   if (std::max({c.global.qk, c.sliding.qk, c.global.v, c.sliding.v}) > 1024)
@@ -148,9 +150,33 @@ void Runtime::absorb(Step& step, Local& l, int64_t begin, int64_t end, int threa
 }
 
 void Runtime::norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const float* weight) {
-  for (int64_t n = begin; n < end; ++n)
-    kernels_.norm(config_.arithmetic, l.x.data() + n * config_.hidden, weight, config_.hidden, config_.eps,
-                  l.normed.data() + n * step.hidden_words);
+  for (int64_t n = begin; n < end; ++n) {
+    uint32_t* words = l.normed.data() + n * step.hidden_words;
+    kernels_.norm(config_.arithmetic, l.x.data() + n * config_.hidden, weight, config_.hidden, config_.eps, words);
+    if (config_.int8_activations)
+      kernels_.quantize(words, config_.hidden, l.quantized.data() + n * quantized_words(config_.hidden));
+  }
+}
+
+const uint32_t* Runtime::normed_row(const Step& step, const Local& l, int64_t n) const {
+  return config_.int8_activations ? l.quantized.data() + n * quantized_words(config_.hidden)
+                                  : l.normed.data() + n * step.hidden_words;
+}
+
+// The attended rows, when all threads have written them, for the output projection of `values` inputs.
+void Runtime::use_attended(Step& step, int64_t values, int thread) {
+  auto& rows = locals_[thread]->rows;
+  const int64_t count = step.num_queries, length = quantized_words(values);
+  if (!config_.int8_activations) {
+    for (int64_t i = 0; i < count; ++i) rows[i] = step.attended.data() + i * step.attended_words;
+    return;
+  }
+  uint32_t* quantized = local(step, thread).quantized.data();
+  const auto [begin, end] = step.query_rows_of(thread, pool_.size());
+  for (int64_t i = begin; i < end; ++i)
+    kernels_.quantize(step.attended.data() + i * step.attended_words, values, quantized + i * length);
+  for (int64_t i = 0; i < count; ++i) rows[i] = quantized + i * length;
+  if (!step.replicated) pool_.barrier();
 }
 
 // out = rows times the matrix: each thread takes a run of panels or, of many rows and panels that do not come out even, a run
@@ -200,7 +226,7 @@ void Runtime::forward(const int32_t* tokens, std::vector<Sequence> sequences, co
     norm_rows(step, l, begin, end, norm_);
     if (!step.replicated) pool_.barrier();
     auto& rows = locals_[thread]->rows;
-    for (int i = 0; i < num_wanted; ++i) rows[i] = l.normed.data() + wanted[i] * step.hidden_words;
+    for (int i = 0; i < num_wanted; ++i) rows[i] = normed_row(step, l, wanted[i]);
     project(head_, rows.data(), num_wanted, step.logits.data(), step.logit_stride, thread);
   });
   for (int i = 0; i < num_wanted; ++i)
@@ -218,7 +244,7 @@ void Runtime::attention_inputs(Layer& layer, Step& step, int thread) {
   norm_rows(step, l, begin, end, layer.input_norm);
   if (!step.replicated) pool_.barrier();
   auto& rows = locals_[thread]->rows;
-  for (int64_t n = 0; n < step.n; ++n) rows[n] = l.normed.data() + n * step.hidden_words;
+  for (int64_t n = 0; n < step.n; ++n) rows[n] = normed_row(step, l, n);
   project(layer.qkv, rows.data(), step.n, step.qkv.data(), step.qkv_stride, thread);
   pool_.barrier();
   locals_[thread]->pending = Pending::NONE;
@@ -310,9 +336,8 @@ void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
     if (step.replicated || thread == 0) step.compact(local(step, thread).x.data(), config_.hidden);
     pool_.barrier();
   }
-  auto& rows = locals_[thread]->rows;
-  for (int64_t i = 0; i < step.num_queries; ++i) rows[i] = step.attended.data() + i * step.attended_words;
-  project(layer.o, rows.data(), step.num_queries, step.y.data(), step.y_stride, thread);
+  use_attended(step, static_cast<int64_t>(g.heads) * g.v, thread);
+  project(layer.o, locals_[thread]->rows.data(), step.num_queries, step.y.data(), step.y_stride, thread);
   pool_.barrier();
   locals_[thread]->pending = Pending::ROWS;
 }
@@ -439,7 +464,7 @@ void Runtime::dense_phase(Layer& layer, Step& step, int thread) {
   Local& l = local(step, thread);
   Local& mine = *locals_[thread];
   const int64_t n = step.num_queries;
-  for (int64_t i = 0; i < n; ++i) mine.rows[i] = l.normed.data() + i * step.hidden_words;
+  for (int64_t i = 0; i < n; ++i) mine.rows[i] = normed_row(step, l, i);
   const auto [begin, end] = share(layer.gate_up.panels(), thread, pool_.size());
   for (int64_t panel = begin; panel < end; ++panel)
     for (int64_t first = 0; first < n; first += TILE_ROWS)
@@ -534,7 +559,7 @@ void Runtime::sparse_phase(Layer& layer, Step& step, int thread) {
   group_by_expert(step, l, mine);
   const int64_t pairs = step.num_queries * config_.top_k;
   for (int64_t at = 0; at < pairs; ++at)
-    mine.rows[at] = l.normed.data() + mine.order[at] / config_.top_k * step.hidden_words;
+    mine.rows[at] = normed_row(step, l, mine.order[at] / config_.top_k);
   int64_t task = 0;
   for (int e = 0; e < config_.experts; ++e) {
     const int64_t from = mine.starts[e], to = mine.starts[e + 1];

@@ -36,6 +36,7 @@ struct RuntimeConfig {
   float value_scale = 1.0f, eps = 1e-5f;
   Arithmetic arithmetic = Arithmetic::BF16;
   Format format = Format::BF16;
+  bool int8_activations = false;  // of all products but the down projections
   int num_rows = 1, num_pages = 0, max_step_tokens = 512, threads = 1;
   std::string kernels;
 };
@@ -117,7 +118,8 @@ class Runtime {
   const Geometry& geometry(const Layer& layer) const;
   void declare_weights();
   void place_weights(Arena& arena);
-  void declare(const std::string& name, Matrix& matrix, std::vector<int64_t> order, int64_t rows, int64_t columns, Format f);
+  void declare(const std::string& name, Matrix& matrix, std::vector<int64_t> order, int64_t rows, int64_t columns, Format f,
+               bool quantized_rows = false);
   void declare(const std::string& name, float*& vector, int64_t count);
   Local& local(const Step& step, int thread);
   void embed(int32_t token, float* out) const;
@@ -127,6 +129,9 @@ class Runtime {
   void prepare(Step& step, const std::vector<Sequence>& sequences);
   void absorb(Step& step, Local& l, int64_t begin, int64_t end, int thread);
   void norm_rows(Step& step, Local& l, int64_t begin, int64_t end, const float* weight);
+  // A normed row as products take it.
+  const uint32_t* normed_row(const Step& step, const Local& l, int64_t n) const;
+  void use_attended(Step& step, int64_t values, int thread);
   void project(const Matrix& matrix, const uint32_t* const* rows, int64_t num_rows, float* out, int64_t stride,
                int thread);
   void attention_inputs(Layer& layer, Step& step, int thread);

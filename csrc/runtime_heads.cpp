@@ -19,10 +19,14 @@ void Runtime::head_inputs(int head, Step& step, int thread) {
     kernels_.norm(config_.arithmetic, head_hidden_[n], layer.hidden_norm, dim, config_.eps,
                   l.normed.data() + (n * 2 + 1) * words);
     std::memset(x, 0, dim * sizeof(float));
+    if (layer.join.quantized_rows())
+      kernels_.quantize(l.normed.data() + n * 2 * words, 2 * dim, l.quantized.data() + n * quantized_words(2 * dim));
   }
   if (!step.replicated) pool_.barrier();
   auto& rows = locals_[thread]->rows;
-  for (int64_t n = 0; n < step.n; ++n) rows[n] = l.normed.data() + n * 2 * words;
+  for (int64_t n = 0; n < step.n; ++n)
+    rows[n] = layer.join.quantized_rows() ? l.quantized.data() + n * quantized_words(2 * dim)
+                                          : l.normed.data() + n * 2 * words;
   project(layer.join, rows.data(), step.n, step.y.data(), step.y_stride, thread);
   pool_.barrier();
   locals_[thread]->pending = Pending::ROWS;
@@ -79,7 +83,7 @@ void Runtime::head_pass(int head, const std::vector<int32_t>& rows, const int32_
     norm_rows(step, l, begin, end, layer.final_norm);
     if (!step.replicated) pool_.barrier();
     auto& out = locals_[thread]->rows;
-    for (int64_t i = 0; i < step.num_queries; ++i) out[i] = l.normed.data() + i * step.hidden_words;
+    for (int64_t i = 0; i < step.num_queries; ++i) out[i] = normed_row(step, l, i);
     project(head_, out.data(), step.num_queries, step.logits.data(), step.logit_stride, thread);
     pool_.barrier();
     for (int64_t i = thread; i < step.num_queries; i += pool_.size())

@@ -125,6 +125,10 @@ struct Runtime::Local {
     const int64_t k = std::max(c.top_k, 1), hidden_words = words_for(c.arithmetic, c.hidden);
     x = Buffer<float>(n * c.hidden);
     normed = Buffer<uint32_t>(n * hidden_words * 2);
+    if (c.int8_activations) {
+      const int attended = std::max(c.global.heads * c.global.v, c.sliding.heads * c.sliding.v);
+      quantized = Buffer<uint32_t>(n * quantized_words(std::max(2 * c.hidden, attended)));
+    }
     scores = Buffer<float>(n * round_up(std::max(c.experts, 1), PANEL));
     experts.resize(n * k);
     weights.resize(n * k);
@@ -148,7 +152,7 @@ struct Runtime::Local {
 
   Pending pending = Pending::NONE;
   Buffer<float> x, scores, router_rows, tile, attention;
-  Buffer<uint32_t> normed, straddling;
+  Buffer<uint32_t> normed, quantized, straddling;
   std::vector<float> weights, sinks;
   std::vector<int32_t> experts, place, order, starts, fill, first, last;
   std::vector<const uint32_t*> rows, query_rows;

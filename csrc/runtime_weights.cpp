@@ -15,8 +15,8 @@ std::string slot_name(const std::string& part, int layer, int expert) {
 }  // namespace
 
 void Runtime::declare(const std::string& name, Matrix& matrix, std::vector<int64_t> order, int64_t rows, int64_t columns,
-                      Format format) {
-  matrix = Matrix(std::move(order), columns, format);
+                      Format format, bool quantized_rows) {
+  matrix = Matrix(std::move(order), columns, format, quantized_rows);
   slots_[name] = {&matrix, nullptr, rows, columns, false};
 }
 
@@ -28,29 +28,31 @@ void Runtime::declare_weights() {
   const RuntimeConfig& c = config_;
   slots_["embedding"] = {nullptr, nullptr, c.vocab, c.hidden, false};
   declare("norm", norm_, c.hidden);
-  declare("head", head_, identity_order(c.vocab), c.vocab, c.hidden, c.format);
+  declare("head", head_, identity_order(c.vocab), c.vocab, c.hidden, c.format, c.int8_activations);
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = *layers_[i];
     const Geometry& g = geometry(layer);
     const auto name = [&](const std::string& part, int expert = 0) { return slot_name(part, static_cast<int>(i), expert); };
-    const auto plain = [&](const std::string& part, Matrix& matrix, int64_t rows, int64_t columns, Format format) {
-      declare(name(part), matrix, identity_order(rows), rows, columns, format);
+    const auto plain = [&](const std::string& part, Matrix& matrix, int64_t rows, int64_t columns, Format format,
+                           bool quantized_rows = false) {
+      declare(name(part), matrix, identity_order(rows), rows, columns, format, quantized_rows);
     };
     declare(name("input_norm"), layer.input_norm, c.hidden);
     declare(name("post_norm"), layer.post_norm, c.hidden);
     if (g.sink) declare(name("sinks"), layer.sinks, g.heads);
     plain("qkv", layer.qkv, static_cast<int64_t>(g.heads + g.groups) * g.qk + static_cast<int64_t>(g.groups) * g.v, c.hidden,
-          c.format);
-    plain("o", layer.o, c.hidden, static_cast<int64_t>(g.heads) * g.v, c.format);
+          c.format, c.int8_activations);
+    plain("o", layer.o, c.hidden, static_cast<int64_t>(g.heads) * g.v, c.format, c.int8_activations);
     if (i >= c.is_sliding.size()) {
       declare(name("embedding_norm"), layer.embedding_norm, c.hidden);
       declare(name("hidden_norm"), layer.hidden_norm, c.hidden);
       declare(name("final_norm"), layer.final_norm, c.hidden);
-      plain("join", layer.join, c.hidden, 2 * static_cast<int64_t>(c.hidden), c.format);
+      plain("join", layer.join, c.hidden, 2 * static_cast<int64_t>(c.hidden), c.format, c.int8_activations);
     }
     if (!layer.moe) {
       declare(name("gate_up"), layer.gate_up, gate_up_order(c.dense_dim), 2 * static_cast<int64_t>(c.dense_dim), c.hidden,
-              c.format);
+              c.format, c.int8_activations);
+      // What SwiGLU gives has single large numbers, beside which 8 bits would lose the others.
       plain("down", layer.down, c.hidden, c.dense_dim, c.format);
       continue;
     }
@@ -60,7 +62,7 @@ void Runtime::declare_weights() {
     layer.experts_down.resize(c.experts);
     for (int e = 0; e < c.experts; ++e) {
       declare(name("expert_gate_up", e), layer.experts_gate_up[e], gate_up_order(c.expert_dim),
-              2 * static_cast<int64_t>(c.expert_dim), c.hidden, c.format);
+              2 * static_cast<int64_t>(c.expert_dim), c.hidden, c.format, c.int8_activations);
       declare(name("expert_down", e), layer.experts_down[e], identity_order(c.hidden), c.hidden, c.expert_dim, c.format);
     }
   }

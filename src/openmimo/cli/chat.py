@@ -28,7 +28,10 @@ def chat_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, int8, fp8 or int4.")] = "bf16",
+    weights: Annotated[
+        str, typer.Option(help="Weights in memory: bf16, float32, int8, int8_block, fp8 or int4.")
+    ] = "bf16",
+    activations: Annotated[str, typer.Option(help="int8: multiply 8-bit weights in whole numbers; or auto.")] = "auto",
     runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:
@@ -40,7 +43,14 @@ def chat_command(
     from openmimo.text import ChatTemplate, Tokenizer
 
     heads = parse_draft_heads(draft_heads)
-    engine = Engine(model, draft_heads=heads, weights=weights, runner=runner, verify=verify)
+    engine = Engine(
+        model,
+        draft_heads=heads,
+        weights=weights,
+        activations=activations,
+        runner=runner,
+        verify=verify,
+    )
     if not isinstance(engine.tokenizer, Tokenizer):
         raise RequestError(f"{str(model)!r} has no tokenizer.json, so there is no chat; pass a folder that has one")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)

@@ -25,7 +25,10 @@ def eval_command(
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
     max_batch: Annotated[int, typer.Option(help="Answers written at the same time.")] = 32,
     draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, int8, fp8 or int4.")] = "bf16",
+    weights: Annotated[
+        str, typer.Option(help="Weights in memory: bf16, float32, int8, int8_block, fp8 or int4.")
+    ] = "bf16",
+    activations: Annotated[str, typer.Option(help="int8: multiply 8-bit weights in whole numbers; or auto.")] = "auto",
     runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
@@ -38,7 +41,15 @@ def eval_command(
     from openmimo.evals import evaluate_domains, reports_as_json
 
     heads = parse_draft_heads(draft_heads)
-    engine = Engine(model, draft_heads=heads, weights=weights, runner=runner, verify=verify, max_batch=max_batch)
+    engine = Engine(
+        model,
+        draft_heads=heads,
+        weights=weights,
+        activations=activations,
+        runner=runner,
+        verify=verify,
+        max_batch=max_batch,
+    )
     names = [name.strip() for name in domains.split(",") if name.strip()]
     reports = evaluate_domains(
         engine, domains=names, level=level, num_problems=num, seed=seed, split=split, max_tokens=max_tokens

@@ -18,7 +18,10 @@ def generate_command(
     top_k: Annotated[int, typer.Option(help="Keep this many most probable tokens; 0 keeps all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[str, typer.Option(help="Weights in memory: bf16, float32, int8, fp8 or int4.")] = "bf16",
+    weights: Annotated[
+        str, typer.Option(help="Weights in memory: bf16, float32, int8, int8_block, fp8 or int4.")
+    ] = "bf16",
+    activations: Annotated[str, typer.Option(help="int8: multiply 8-bit weights in whole numbers; or auto.")] = "auto",
     runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
 ) -> None:
@@ -30,7 +33,14 @@ def generate_command(
 
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     heads = parse_draft_heads(draft_heads)
-    engine = Engine(model, draft_heads=heads, weights=weights, runner=runner, verify=verify)
+    engine = Engine(
+        model,
+        draft_heads=heads,
+        weights=weights,
+        activations=activations,
+        runner=runner,
+        verify=verify,
+    )
     if chat:
         from openmimo.evals.accuracy import chat_renderer
 

@@ -31,6 +31,7 @@ class RunnerOptions:
 
     kind: str
     weights: str
+    activations: str = "auto"
     verify: bool
     max_batch: int
     step_tokens: int
@@ -104,6 +105,7 @@ def _open_native(source: Path | MiMoModel, options: RunnerOptions) -> Runner | N
     return NativeRunner(
         source,
         weights=options.weights,
+        activations=options.activations,
         num_rows=options.max_batch,
         num_pages=options.num_pages(config),
         max_step_tokens=options.step_tokens,
@@ -119,6 +121,8 @@ def _open_torch(source: Path | MiMoModel, options: RunnerOptions) -> Runner:
     from openmimo.engine.torch_runner import TorchRunner
     from openmimo.model import cast_model
 
+    if options.activations != "auto":
+        raise RequestError(f"activations={options.activations!r} needs the native runner; leave it out")
     if isinstance(source, Path):
         if options.weights not in TORCH_WEIGHTS:
             hint = nearest(options.weights, TORCH_WEIGHTS)

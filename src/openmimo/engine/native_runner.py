@@ -27,7 +27,9 @@ from openmimo.engine.runner import Int32, RowState, StepInput, StepOutput
 from openmimo.errors import RequestError, nearest
 from openmimo.model import MiMoModel
 
-WEIGHTS = ("float32", "bf16", "int8", "fp8", "int4")
+WEIGHTS = ("float32", "bf16", "int8", "int8_block", "fp8", "int4")
+# "auto": what weights are multiplied with is fp32 with float32 weights, else bf16.
+ACTIVATIONS = ("auto", "int8")
 # Names a kernel table, such as "scalar" or "avx2", instead of the fastest that works here.
 KERNELS_VARIABLE = "OPENMIMO_CPU"
 # Packing fewer bytes than this takes a moment each time; more are packed once, into a file.
@@ -50,8 +52,10 @@ def load_extension() -> Any:
 class NativeRunner:
     """Weights packed for this processor, rings and pages, and the calls of the `Runner` protocol.
 
-    `weights` is float32, or with bf16 arithmetic bf16, int8 (one scale per output), fp8 (E4M3, 128 x 128 blocks) or
-    int4 (one scale per output and 32 inputs).
+    `weights` is float32, or with bf16 arithmetic bf16, int8 (one scale per output), int8_block (one per output and 32
+    inputs), fp8 (E4M3, 128 x 128 blocks) or int4 (one scale per output and 32 inputs). `activations` "int8" rounds what
+    8-bit weights are multiplied with to 8 bits, one scale per token and 32 inputs, and multiplies in whole numbers;
+    down projections and routers stay as they are.
     A model's weights are packed in memory. Those of a folder are packed once into a file of the user's cache folder
     when they have `packed_file_bytes` or more; `verify` checks the folder's manifest and packs anew.
     Raises: RequestError on other words, or when the extension is missing; CheckpointError on an unusable folder.
@@ -62,6 +66,7 @@ class NativeRunner:
         source: MiMoModel | Path,
         *,
         weights: str = "bf16",
+        activations: str = "auto",
         num_rows: int = 32,
         num_pages: int = 1024,
         max_step_tokens: int = 512,
@@ -72,9 +77,12 @@ class NativeRunner:
         native = load_extension()
         if weights not in WEIGHTS:
             raise RequestError(f"weights={weights!r} is not a format of the native runner; {nearest(weights, WEIGHTS)}")
+        if activations not in ACTIVATIONS:
+            raise RequestError(f"activations={activations!r} is no format; {nearest(activations, ACTIVATIONS)}")
         self.config = read_model_config(source) if isinstance(source, Path) else source.config
         self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
         settings = _settings(native, self.config, weights)
+        settings.set_activations(activations)
         settings.num_rows, settings.num_pages, settings.max_step_tokens = num_rows, num_pages, max_step_tokens
         settings.threads = threads or torch.get_num_threads()
         settings.kernels = os.environ.get(KERNELS_VARIABLE, "")
@@ -85,7 +93,7 @@ class NativeRunner:
         if isinstance(source, MiMoModel):
             self.load_weights(source)
         elif self.runtime.weight_bytes >= packed_file_bytes:
-            self._load_packed(source, weights, verify)
+            self._load_packed(source, weights, activations, verify)
         else:
             self.load_weights(_load_model(source, weights, verify))
         moe = self.config.moe
@@ -106,9 +114,9 @@ class NativeRunner:
         except ValueError as error:
             raise RequestError(f"the native runner cannot take these weights: {error}") from error
 
-    def _load_packed(self, folder: Path, weights: str, verify: bool) -> None:
+    def _load_packed(self, folder: Path, weights: str, activations: str, verify: bool) -> None:
         """Map the packed file of a folder, after writing it if there is none; every process shares its memory."""
-        fingerprint = packed.fingerprint(folder, weights)
+        fingerprint = packed.fingerprint(folder, f"{weights}, {activations}")
         path = packed.cache_path(fingerprint)
         whole = self.runtime.weight_bytes <= packed.physical_memory() // 2
         if not verify and self.runtime.open_weights(str(path), fingerprint, whole):

@@ -16,15 +16,15 @@ MOST_BYTES = 128 << 30
 SUFFIX = ".packed"
 
 
-def fingerprint(folder: Path, weights: str) -> str:
-    """Names the weights in a folder: configuration, and name, size and time of change of every weight file.
+def fingerprint(folder: Path, layout: str) -> str:
+    """Names the weights in a folder, packed as `layout`: configuration, and every weight file's name, size and time.
 
     Raises: CheckpointError if the folder has no weight files.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no .safetensors files; give a checkpoint folder")
-    parts = [weights, (folder / "config.json").read_text(encoding="utf-8")]
+    parts = [layout, (folder / "config.json").read_text(encoding="utf-8")]
     for file in files:
         status = file.stat()
         parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")

@@ -46,6 +46,7 @@ class BenchPlan:
     against: tuple[str, ...] = ()
     runner: str = "auto"
     weights: Weights = "bf16"
+    activations: str = "auto"
     batches: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (128,)
     num_tokens: int = 32
@@ -86,6 +87,7 @@ def run_bench(plan: BenchPlan) -> list[BenchRow]:
                 kind=kind,
                 path=paths[kind],
                 weights=plan.weights,
+                activations=plan.activations,
                 threads=plan.threads,
                 runner=plan.runner,
                 with_mtp=plan.work == "mtp",
@@ -116,7 +118,12 @@ def print_rows(plan: BenchPlan, rows: Sequence[BenchRow]) -> None:
         )
     rate_title = "load" if plan.work == "load" else "tokens/s"
     print_table(("work", "target", rate_title, "spread", "limit", "share", "openmimo/it", "settings"), table)
-    about = {"model": plan.model, "weights": plan.weights, "threads": plan.threads}
+    about = {
+        "model": plan.model,
+        "weights": plan.weights,
+        "activations": plan.activations,
+        "threads": plan.threads,
+    }
     print_result(f"bench {plan.work}", describe_machine(), {**about, "rows": [row.as_json() for row in rows]})
 
 

@@ -27,13 +27,14 @@ WEIGHT_BITS: dict[Weights, float] = {"float32": 32, "bf16": 16, "int8": 8.5}
 class TargetSpec:
     """How to open a target: a checkpoint folder, or a GGUF file for llama.cpp.
 
-    `runner` is this package's. With `probe` a peer looks for its best settings before it is timed.
+    `runner` and `activations` are this package's. With `probe` a peer looks for its best settings before it is timed.
     """
 
     kind: TargetKind
     path: Path
     weights: Weights
     threads: int
+    activations: str = "auto"
     runner: str = "auto"
     with_mtp: bool = False
     probe: bool = True
@@ -103,6 +104,7 @@ def _own_target(spec: TargetSpec) -> BenchTarget:
         options = RunnerOptions(
             kind=spec.runner,
             weights=spec.weights,
+            activations=spec.activations,
             verify=False,
             max_batch=num_rows,
             step_tokens=max(512, num_rows),

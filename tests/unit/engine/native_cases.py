@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +59,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> MiMoModel:
     return model
 
 
-def make_runner(model: MiMoModel, weights: str = "float32", threads: int = 2, **options: int) -> NativeRunner:
+def make_runner(model: MiMoModel, weights: str = "float32", threads: int = 2, **options: Any) -> NativeRunner:
     return NativeRunner(model, weights=weights, num_rows=4, num_pages=32, threads=threads, **options)
 
 

@@ -44,13 +44,17 @@ def test_fp32_logits_and_routes_are_the_models(name: str, kernels: str, monkeypa
         assert (routes == output.routed_experts[0].numpy()).all()
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+# Weights, activations.
+FORMATS = [(weights, "auto") for weights in WEIGHTS] + [("int8", "int8"), ("int8_block", "int8")]
+
+
+@pytest.mark.parametrize(("weights", "activations"), FORMATS)
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_pieces_threads_and_rejected_tokens_change_no_bit(name: str, weights: str) -> None:
+def test_pieces_threads_and_rejected_tokens_change_no_bit(name: str, weights: str, activations: str) -> None:
     """Catches sums whose order depends on the step, rings that lose keys, and traces of tokens that were not kept."""
     config = SHAPES[name]
     model, tokens = random_model(config), some_tokens(config)
-    runner = make_runner(model, weights)
+    runner = make_runner(model, weights, activations=activations)
     logits, routes = feed(runner, tokens, [TOKENS])
     singles = [1] * TOKENS
     for pieces, row, garbage in (
@@ -62,12 +66,12 @@ def test_pieces_threads_and_rejected_tokens_change_no_bit(name: str, weights: st
         again, routes_again = feed(runner, tokens, pieces, row=row, garbage=garbage)
         assert (again == logits).all()
         assert (routes_again == routes).all()
-    alone, _ = feed(make_runner(model, weights, threads=1), tokens, [TOKENS])
+    alone, _ = feed(make_runner(model, weights, threads=1, activations=activations), tokens, [TOKENS])
     assert (alone == logits).all()
 
 
 @pytest.mark.parametrize("kernels", native.available_kernels())
-@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int8_block", "fp8", "int4"])
 def test_narrow_weights_are_the_rounded_ones(weights: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches wrong scales, grids and decoding: the same rounding done in numpy, run as bf16 weights, must agree."""
     monkeypatch.setenv(KERNELS_VARIABLE, kernels)
@@ -97,6 +101,12 @@ def rounded(matrix: np.ndarray, weights: str) -> np.ndarray:
     if weights == "int8":
         scale = np.abs(matrix).max(1, keepdims=True) / 127
         return np.round(matrix / scale) * scale
+    if weights == "int8_block":
+        for c in range(0, columns, 32):
+            most = torch.from_numpy(np.abs(matrix[:, c : c + 32]).max(1, keepdims=True))
+            scale = (most / 127).bfloat16().float().numpy()
+            out[:, c : c + 32] = np.clip(np.round(matrix[:, c : c + 32] / scale), -127, 127) * scale
+        return out
     if weights == "fp8":
         for r in range(0, rows, 128):
             for c in range(0, columns, 128):
@@ -275,6 +285,10 @@ def test_unknown_formats_and_kernels_are_named(monkeypatch: pytest.MonkeyPatch) 
     model = random_model(SHAPES["nano"])
     with pytest.raises(RequestError, match="int8"):
         make_runner(model, "int9")
+    with pytest.raises(RequestError, match=r"activations='int4' is no format.*int8"):
+        make_runner(model, "int8", activations="int4")
+    with pytest.raises(RequestError, match='activations="int8" needs weights="int8" or "int8_block"'):
+        make_runner(model, "fp8", activations="int8")
     monkeypatch.setenv(KERNELS_VARIABLE, "avx9")
     with pytest.raises(RequestError, match="available: scalar"):
         make_runner(model)

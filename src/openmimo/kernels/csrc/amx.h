@@ -88,6 +88,23 @@ inline void tile_dot() {
     std::memcpy(soft_tiles.data[C][m], c, 64);
   }
 }
+// C[m][n] += sum over k and the four bytes of a word of A[m][4k + i], signed, times B[k][4n + i], unsigned.
+template <int C, int A, int B>
+inline void tile_dot_bytes() {
+  const TileConfig& config = soft_tiles.config;
+  for (int m = 0; m < config.rows[C]; ++m) {
+    int8_t a[64];
+    int32_t c[16];
+    std::memcpy(a, soft_tiles.data[A][m], 64);
+    std::memcpy(c, soft_tiles.data[C][m], 64);
+    for (int k = 0; k < config.column_bytes[A] / 4; ++k) {
+      const uint8_t* b = soft_tiles.data[B][k];
+      for (int n = 0; n < config.column_bytes[C] / 4; ++n)
+        for (int i = 0; i < 4; ++i) c[n] += int32_t{a[4 * k + i]} * int32_t{b[4 * n + i]};
+    }
+    std::memcpy(soft_tiles.data[C][m], c, 64);
+  }
+}
 
 #else
 
@@ -117,6 +134,10 @@ inline void tile_store(void* to, int64_t stride_bytes) {
 template <int C, int A, int B>
 inline void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+inline void tile_dot_bytes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif
