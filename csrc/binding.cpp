@@ -40,6 +40,20 @@ Source source_of(const nb::ndarray<nb::c_contig, nb::device::cpu>& array) {
   return source;
 }
 
+using Codes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Scales = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+Source source_of(const Codes& codes, const Scales& scales) {
+  Source source;
+  source.data = codes.data();
+  source.row_scales = scales.data();
+  source.rows = static_cast<int64_t>(codes.shape(0));
+  source.columns = static_cast<int64_t>(codes.shape(1));
+  require(scales.shape(0) == codes.shape(0) && scales.shape(1) == (codes.shape(1) + 127) / 128,
+          "E4M3 codes need one float32 scale for each row's 128 columns");
+  return source;
+}
+
 std::vector<Sequence> sequences_of(const Runtime& runtime, const Ints& tokens, const Ints& rows, const Ints& starts,
                                    const Ints& counts, const Ints& pages, const Ints& page_ends) {
   const RuntimeConfig& c = runtime.config();
@@ -92,7 +106,7 @@ void integer_product_of(const std::string& kernels_name, const std::string& form
   Buffer<uint8_t> memory(counting.used());
   Arena arena(memory.data());
   matrix.place(arena);
-  matrix.pack({weight.data(), false, outputs, inputs}, pool);
+  matrix.pack({.data = weight.data(), .rows = outputs, .columns = inputs}, pool);
   const int64_t words = words_for(Arithmetic::BF16, inputs), length = quantized_words(inputs);
   Buffer<uint32_t> wide(words), quantized(num_rows * length);
   Buffer<float> sums(num_rows * matrix.panels() * PANEL);
@@ -183,6 +197,9 @@ NB_MODULE(_native, m) {
       .def_prop_ro("row_state_bytes", &Runtime::row_state_bytes)
       .def("set", [](Runtime& r, const std::string& part, int layer, int expert,
                      nb::ndarray<nb::c_contig, nb::device::cpu> array) { r.set(part, layer, expert, source_of(array)); })
+      .def("set_codes", [](Runtime& r, const std::string& part, int layer, int expert, Codes codes, Scales scales) {
+        r.set(part, layer, expert, source_of(codes, scales));
+      })
       .def("open_weights", &Runtime::open_weights)
       .def("create_weights", &Runtime::create_weights)
       .def("finish_weights", &Runtime::finish_weights)

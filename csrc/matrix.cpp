@@ -64,7 +64,7 @@ class Matrix::Packer {
  public:
   Packer(const Source& source, Format format, bool quantized_rows)
       : source_(source), format_(format), per_step_(quantized_rows ? 4 : 2), offset_(quantized_rows ? 128 : 0) {
-    if (format != Format::FP8) return;
+    if (format != Format::FP8 || source.row_scales) return;
     // The official grid: blocks of 128 x 128, the largest value of each becomes 448.
     block_columns_ = (source.columns + 127) / 128;
     blocks_.assign((source.rows + 127) / 128 * block_columns_, 0.0f);
@@ -78,13 +78,18 @@ class Matrix::Packer {
   // `to`: the column's first step, `stride` bytes apart; scales as in Matrix, those of groups PANEL apart.
   void pack(int64_t row, int64_t steps, uint8_t* to, int64_t stride, float* output_scale, uint8_t* group_scale) const {
     const auto value = [&](int64_t i) { return i < source_.columns ? source_.at(row, i) : 0.0f; };
-    if (format_ == Format::F32) {
+    if (source_.row_scales) {
+      copy_codes(row, steps, to, stride, group_scale);
+    } else if (format_ == Format::F32) {
       for (int64_t i = 0; i < steps; ++i, to += stride) {
         const float x = value(i);
         std::memcpy(to, &x, 4);
       }
     } else if (format_ == Format::BF16) {
-      for (int64_t i = 0; i < steps; ++i, to += stride) {
+      const int64_t pairs = source_.is_bf16 ? source_.columns / 2 : 0;  // words of the source as they are
+      const auto* from = static_cast<const bf16*>(source_.data) + row * source_.columns;
+      for (int64_t i = 0; i < pairs; ++i, to += stride) std::memcpy(to, from + 2 * i, 4);
+      for (int64_t i = pairs; i < steps; ++i, to += stride) {
         const uint32_t word = bf16_pair(value(2 * i), value(2 * i + 1));
         std::memcpy(to, &word, 4);
       }
@@ -131,6 +136,16 @@ class Matrix::Packer {
       for (int64_t i = 0; i < per_step_; ++i)
         to[step * stride + i] = static_cast<uint8_t>(
             std::lrintf(std::clamp(value(step * per_step_ + i) / scale, -127.0f, 127.0f)) + offset_);
+  }
+
+  // Codes and scales that are E4M3 already stay what they are: rounding them again would change them.
+  void copy_codes(int64_t row, int64_t steps, uint8_t* to, int64_t stride, uint8_t* group_scale) const {
+    const uint8_t* codes = static_cast<const uint8_t*>(source_.data) + row * source_.columns;
+    for (int64_t i = 0; i < steps; ++i, to += stride)
+      for (int half = 0; half < 2; ++half) to[half] = 2 * i + half < source_.columns ? codes[2 * i + half] : uint8_t{0};
+    const int64_t groups = (steps + group_steps(Format::FP8) - 1) / group_steps(Format::FP8);
+    for (int64_t group = 0; group < groups; ++group)
+      std::memcpy(group_scale + group * PANEL * scale_bytes(Format::FP8), source_.row_scales + row * groups + group, 4);
   }
 
   static int level(float x) { return static_cast<int>(std::lrintf(std::clamp(x, -8.0f, 7.0f))) + 8; }
@@ -187,7 +202,9 @@ void Matrix::pack(const Source& source, Pool& pool) {
   const Packer packer(source, format_, quantized_rows_);
   const auto outputs = static_cast<int64_t>(order_.size());
   pool.run([&](int thread) {
-    for (int64_t output = thread; output < outputs; output += pool.size()) {
+    // Whole panels, because neighbouring outputs share cache lines.
+    const auto [begin, end] = share(panels_, thread, pool.size());
+    for (int64_t output = begin * PANEL; output < std::min(end * PANEL, outputs); ++output) {
       if (order_[output] < 0) continue;
       const int64_t panel = output / PANEL, column = output % PANEL;
       packer.pack(order_[output], steps_, data_ + panel * steps_ * step_bytes_ + column * column_bytes_, step_bytes_,

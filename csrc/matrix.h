@@ -35,11 +35,13 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Row-major values to pack: fp32, or bf16 in 16-bit words.
+// Row-major values to pack: fp32, bf16 in 16-bit words, or E4M3 codes that come with a scale for each row's 128 columns.
 struct Source {
   const void* data = nullptr;
   bool is_bf16 = false;
+  const float* row_scales = nullptr;  // with E4M3 codes: (rows, columns / 128, rounded up)
   int64_t rows = 0, columns = 0;
+  // Of fp32 or bf16.
   float at(int64_t row, int64_t column) const;
 };
 
@@ -59,6 +61,7 @@ class Matrix {
   int64_t panels() const { return panels_; }
   bool quantized_rows() const { return quantized_rows_; }
   int64_t inputs() const { return inputs_; }
+  Format format() const { return format_; }
 
   // out (rows x PANEL or wider) = rows times panel `panel`, scaled.
   void multiply(const Kernels& kernels, int64_t panel, const uint32_t* const* rows, int num_rows, float* out,

@@ -3,11 +3,18 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace openmimo {
+
+// The run of `count` items that belongs to a thread.
+inline std::pair<int64_t, int64_t> share(int64_t count, int thread, int threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
 
 class Pool {
  public:

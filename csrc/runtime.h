@@ -63,14 +63,14 @@ class Runtime {
   explicit Runtime(RuntimeConfig config);
   ~Runtime();
 
-  // Take the weights from a packed file; false if it is not there, or not these weights. `verify` reads all of it.
-  bool open_weights(const std::string& path, const std::string& fingerprint, bool verify);
+  // Take the weights from a packed file; false if it is not there, not these weights, or damaged. See WeightMemory::open.
+  bool open_weights(const std::string& path, const std::string& fingerprint);
   // Keep the weights that `set` is about to bring in a new file; `finish_weights` completes it.
   void create_weights(const std::string& path);
   void finish_weights(const std::string& fingerprint);
 
   // Set one weight: `layer` counts main layers, then MTP heads; parts without a layer or expert ignore those.
-  // Throws std::invalid_argument for an unknown part or a wrong shape.
+  // Throws std::invalid_argument for an unknown part, a wrong shape, or E4M3 codes for anything but FP8 weights.
   void set(const std::string& part, int layer, int expert, const Source& source);
   // Throws std::invalid_argument if a weight is missing.
   void check_complete() const;

@@ -19,11 +19,6 @@ constexpr int MAX_HISTORY = 16;   // positions a row may hold back before the he
 // Tokens of an attention tile.
 inline int attention_tile(const Geometry& g) { return std::max(1, ATTENTION_ROWS * g.groups / g.heads); }
 
-// The run of `count` items that belongs to a thread.
-inline std::pair<int64_t, int64_t> share(int64_t count, int thread, int threads) {
-  return {count * thread / threads, count * (thread + 1) / threads};
-}
-
 // What waits to be added to the residual stream.
 enum class Pending { NONE, ROWS, EXPERTS };
 

@@ -87,8 +87,8 @@ void Runtime::place_weights(Arena& arena) {
   }
 }
 
-bool Runtime::open_weights(const std::string& path, const std::string& fingerprint, bool verify) {
-  if (!weights_.open(path, fingerprint, weight_bytes_, verify, pool_)) return false;
+bool Runtime::open_weights(const std::string& path, const std::string& fingerprint) {
+  if (!weights_.open(path, fingerprint, weight_bytes_, pool_)) return false;
   Arena arena(weights_.data());
   place_weights(arena);
   for (auto& [name, slot] : slots_) slot.is_set = true;
@@ -115,6 +115,8 @@ void Runtime::set(const std::string& part, int layer, int expert, const Source& 
     throw std::invalid_argument(found->first + " has shape (" + std::to_string(source.rows) + ", " +
                                 std::to_string(source.columns) + "), expected (" + std::to_string(slot.rows) + ", " +
                                 std::to_string(slot.columns) + ")");
+  if (source.row_scales && !(slot.matrix && slot.matrix->format() == Format::FP8))
+    throw std::invalid_argument(found->first + " is not kept in FP8, so it takes numbers, not E4M3 codes");
   if (!weights_.data()) {
     weights_.allocate(weight_bytes_);
     Arena arena(weights_.data());

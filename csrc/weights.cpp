@@ -18,20 +18,22 @@
 namespace openmimo {
 namespace {
 
-constexpr int64_t HEADER_BYTES = 4096, ALIGNMENT = 64, CHUNK_BYTES = 16 << 20;
+// A file is the header, the weights, and a sum for each chunk of them. Opening checks CHECKED_CHUNKS of the chunks.
+constexpr int64_t HEADER_BYTES = 4096, ALIGNMENT = 64, CHUNK_BYTES = 16 << 20, CHECKED_CHUNKS = 16;
 constexpr char MAGIC[8] = {'m', 'i', 'm', 'o', 'p', 'a', 'c', 'k'};
 // Raise it whenever the layout of packed weights changes.
-constexpr uint32_t LAYOUT_VERSION = 1;
+constexpr uint32_t LAYOUT_VERSION = 2;
 
 struct Header {
   char magic[8];
   uint32_t version, reserved;
   int64_t bytes;
-  uint64_t checksum;
+  uint64_t checksum;  // of the chunks' sums
   char fingerprint[128];
 };
 
-uint64_t checksum_of_chunk(const uint8_t* data, int64_t bytes) {
+// A sum that any changed, missing or moved byte changes, with overwhelming likelihood; not meant against forgery.
+uint64_t checksum(const uint8_t* data, int64_t bytes) {
   constexpr uint64_t PRIME = 0x9e3779b97f4a7c15u;
   uint64_t lanes[4] = {1, 2, 3, 4};
   int64_t i = 0;
@@ -48,22 +50,37 @@ uint64_t checksum_of_chunk(const uint8_t* data, int64_t bytes) {
   return sum;
 }
 
+uint64_t checksum(const std::vector<uint64_t>& sums) {
+  return checksum(reinterpret_cast<const uint8_t*>(sums.data()), static_cast<int64_t>(sums.size()) * 8);
+}
+
+int64_t num_chunks(int64_t bytes) { return (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES; }
+
+int64_t file_bytes(int64_t bytes) { return HEADER_BYTES + bytes + num_chunks(bytes) * 8; }
+
+std::vector<uint64_t> sums_of(const uint8_t* data, int64_t bytes, const std::vector<int64_t>& chunks, Pool& pool) {
+  std::vector<uint64_t> sums(chunks.size());
+  pool.run([&](int thread) {
+    for (size_t i = static_cast<size_t>(thread); i < chunks.size(); i += static_cast<size_t>(pool.size()))
+      sums[i] = checksum(data + chunks[i] * CHUNK_BYTES, std::min(CHUNK_BYTES, bytes - chunks[i] * CHUNK_BYTES));
+  });
+  return sums;
+}
+
+// At most `most` of the chunks, evenly spread, the first and the last among them.
+std::vector<int64_t> spread_chunks(int64_t bytes, int64_t most) {
+  const int64_t all = num_chunks(bytes), count = std::min(all, most);
+  std::vector<int64_t> chunks(count);
+  for (int64_t i = 0; i < count; ++i) chunks[i] = i * (all - 1) / std::max<int64_t>(count - 1, 1);
+  return chunks;
+}
+
 }  // namespace
 
 uint8_t* Arena::take(int64_t bytes) {
   uint8_t* at = base_ ? base_ + used_ : nullptr;
   used_ += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   return at;
-}
-
-uint64_t checksum(const uint8_t* data, int64_t bytes, Pool& pool) {
-  const int64_t chunks = (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
-  std::vector<uint64_t> sums(chunks);
-  pool.run([&](int thread) {
-    for (int64_t i = thread; i < chunks; i += pool.size())
-      sums[i] = checksum_of_chunk(data + i * CHUNK_BYTES, std::min(CHUNK_BYTES, bytes - i * CHUNK_BYTES));
-  });
-  return checksum_of_chunk(reinterpret_cast<const uint8_t*>(sums.data()), chunks * 8);
 }
 
 WeightMemory::~WeightMemory() { close(); }
@@ -102,26 +119,33 @@ void WeightMemory::map(int64_t bytes, bool writable) {
   memory_ = static_cast<uint8_t*>(memory);
 }
 
-bool WeightMemory::open(const std::string& path, const std::string& fingerprint, int64_t bytes, bool verify, Pool& pool) {
+bool WeightMemory::open(const std::string& path, const std::string& fingerprint, int64_t bytes, Pool& pool) {
   close();
   file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   struct stat status;
   Header header;
-  const bool fits = file_ >= 0 && fstat(file_, &status) == 0 && status.st_size == bytes + HEADER_BYTES &&
+  std::vector<uint64_t> sums(num_chunks(bytes));
+  const auto sums_bytes = static_cast<ssize_t>(sums.size() * 8);
+  const bool fits = file_ >= 0 && fstat(file_, &status) == 0 && status.st_size == file_bytes(bytes) &&
                     pread(file_, &header, sizeof header, 0) == static_cast<ssize_t>(sizeof header) &&
                     std::memcmp(header.magic, MAGIC, sizeof MAGIC) == 0 && header.version == LAYOUT_VERSION &&
                     header.bytes == bytes && fingerprint.size() < sizeof header.fingerprint &&
-                    fingerprint == std::string(header.fingerprint, strnlen(header.fingerprint, sizeof header.fingerprint));
+                    fingerprint == std::string(header.fingerprint, strnlen(header.fingerprint, sizeof header.fingerprint)) &&
+                    pread(file_, sums.data(), sums_bytes, HEADER_BYTES + bytes) == sums_bytes &&
+                    checksum(sums) == header.checksum;
   if (!fits) {
     close();
     return false;
   }
   map(bytes, false);
   path_ = path;
-  if (verify && checksum(data(), bytes, pool) != header.checksum) {
-    close();
-    return false;
-  }
+  const std::vector<int64_t> chunks = spread_chunks(bytes, CHECKED_CHUNKS);
+  const std::vector<uint64_t> found = sums_of(data(), bytes, chunks, pool);
+  for (size_t i = 0; i < chunks.size(); ++i)
+    if (found[i] != sums[chunks[i]]) {
+      close();
+      return false;
+    }
   return true;
 }
 
@@ -134,9 +158,9 @@ void WeightMemory::create(const std::string& path, int64_t bytes) {
   temporary_ = name;
   // Reserve the space now: a full disk found later would end the process.
 #if defined(__linux__)
-  const int failed = posix_fallocate(file_, 0, bytes + HEADER_BYTES);
+  const int failed = posix_fallocate(file_, 0, file_bytes(bytes));
 #else
-  const int failed = ftruncate(file_, bytes + HEADER_BYTES) == 0 ? 0 : errno;
+  const int failed = ftruncate(file_, file_bytes(bytes)) == 0 ? 0 : errno;
 #endif
   if (failed) {
     close();
@@ -148,18 +172,25 @@ void WeightMemory::create(const std::string& path, int64_t bytes) {
 
 void WeightMemory::finish(const std::string& fingerprint, Pool& pool) {
   if (temporary_.empty()) return;
+  const std::vector<uint64_t> sums = sums_of(data(), bytes_, spread_chunks(bytes_, num_chunks(bytes_)), pool);
+  const auto sums_bytes = static_cast<ssize_t>(sums.size() * 8);
   Header header{};
   std::memcpy(header.magic, MAGIC, sizeof MAGIC);
   header.version = LAYOUT_VERSION;
   header.bytes = bytes_;
-  header.checksum = checksum(data(), bytes_, pool);
+  header.checksum = checksum(sums);
   std::strncpy(header.fingerprint, fingerprint.c_str(), sizeof header.fingerprint - 1);
-  if (msync(memory_, static_cast<size_t>(bytes_ + HEADER_BYTES), MS_SYNC) != 0)
-    throw std::runtime_error("cannot write packed weights to " + temporary_ + ": " + std::strerror(errno));
   std::memcpy(memory_, &header, sizeof header);
-  if (msync(memory_, HEADER_BYTES, MS_SYNC) != 0 || rename(temporary_.c_str(), path_.c_str()) != 0)
+  // All of it must be on the disk before the name is there, or a crash could leave a file that only looks whole.
+  if (pwrite(file_, sums.data(), static_cast<size_t>(sums_bytes), HEADER_BYTES + bytes_) != sums_bytes ||
+      msync(memory_, static_cast<size_t>(bytes_ + HEADER_BYTES), MS_SYNC) != 0 || fsync(file_) != 0)
+    throw std::runtime_error("cannot write packed weights to " + temporary_ + ": " + std::strerror(errno));
+  if (rename(temporary_.c_str(), path_.c_str()) != 0)
     throw std::runtime_error("cannot move packed weights to " + path_ + ": " + std::strerror(errno));
   temporary_.clear();
+  // Other processes may map it from now on.
+  mprotect(memory_, static_cast<size_t>(bytes_ + HEADER_BYTES), PROT_READ);
+  writable_ = false;
 }
 
 #else
@@ -175,7 +206,7 @@ void WeightMemory::allocate(int64_t bytes) {
   writable_ = true;
 }
 void WeightMemory::map(int64_t, bool) {}
-bool WeightMemory::open(const std::string&, const std::string&, int64_t, bool, Pool&) { return false; }
+bool WeightMemory::open(const std::string&, const std::string&, int64_t, Pool&) { return false; }
 void WeightMemory::create(const std::string&, int64_t bytes) { allocate(bytes); }
 void WeightMemory::finish(const std::string&, Pool&) {}
 

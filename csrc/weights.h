@@ -31,12 +31,14 @@ class WeightMemory {
   // Cleared memory of the process.
   void allocate(int64_t bytes);
 
-  // Map a finished file. False if there is none, or if it is of other weights, cut short or (with `verify`) damaged.
-  bool open(const std::string& path, const std::string& fingerprint, int64_t bytes, bool verify, Pool& pool);
+  // Map a finished file. False if there is none, or if it is of other weights, cut short, or damaged in one of the chunks
+  // that are looked at: all of a small file, some of a large one, whose other pages are read when they are used.
+  bool open(const std::string& path, const std::string& fingerprint, int64_t bytes, Pool& pool);
 
   // Begin a file beside `path`; `finish` writes its header and moves it there.
   // Throws std::runtime_error when the folder cannot hold it.
   void create(const std::string& path, int64_t bytes);
+  // Throws std::runtime_error when it cannot be written; the weights stay usable.
   void finish(const std::string& fingerprint, Pool& pool);
 
   uint8_t* data() const;
@@ -53,8 +55,5 @@ class WeightMemory {
   int64_t bytes_ = 0;  // without the header
   bool writable_ = false;
 };
-
-// A sum that any changed, missing or moved byte changes, with overwhelming likelihood; not meant against forgery.
-uint64_t checksum(const uint8_t* data, int64_t bytes, Pool& pool);
 
 }  // namespace openmimo

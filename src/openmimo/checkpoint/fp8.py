@@ -35,6 +35,18 @@ class Quantized:
     scale: Tensor
 
 
+@dataclass(frozen=True)
+class RowScaled:
+    """E4M3 weight (R, D) and, whatever its grid was, the fp32 scale of each row's 128 columns (R, C)."""
+
+    weight: Tensor
+    scale_RC: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The fp32 matrix."""
+        return _times_blocks(self.weight.float(), self.scale_RC, divide=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankGrid:
     """Scale rows of global K and V when each rank's K and V were quantised as one matrix.
@@ -94,10 +106,15 @@ def quantize(weight: Tensor) -> Quantized:
     return Quantized(_encode(weight, scale[rows]), scale)
 
 
+def row_scaled(quantized: Quantized) -> RowScaled:
+    """A plain grid's scales, row by row. Raises: CheckpointError on scales that cannot be scales."""
+    rows = torch.arange(quantized.weight.shape[0]) // BLOCK
+    return RowScaled(quantized.weight, _checked(quantized.scale)[rows])
+
+
 def dequantize(quantized: Quantized) -> Tensor:
     """The fp32 matrix of a plain grid. Raises: CheckpointError on scales that cannot be scales."""
-    rows = torch.arange(quantized.weight.shape[0]) // BLOCK
-    return _decode(quantized.weight, _checked(quantized.scale)[rows])
+    return row_scaled(quantized).dequantize()
 
 
 def quantize_ranks(k: Tensor, v: Tensor, grid: RankGrid) -> tuple[Quantized, Quantized]:
@@ -108,11 +125,17 @@ def quantize_ranks(k: Tensor, v: Tensor, grid: RankGrid) -> tuple[Quantized, Qua
     return Quantized(_encode(k, table[k_rows]), table[:num_k]), Quantized(_encode(v, table[v_rows]), table[num_k:])
 
 
-def dequantize_ranks(k: Quantized, v: Quantized, grid: RankGrid) -> tuple[Tensor, Tensor]:
-    """The fp32 K and V of `quantize_ranks`; V needs the scales of K too."""
+def row_scaled_ranks(k: Quantized, v: Quantized, grid: RankGrid) -> tuple[RowScaled, RowScaled]:
+    """K and V of `quantize_ranks` with their scales row by row; V needs the scales of K too."""
     k_rows, v_rows = grid.block_of_rows()
     table = _checked(torch.cat((k.scale, v.scale)))
-    return _decode(k.weight, table[k_rows]), _decode(v.weight, table[v_rows])
+    return RowScaled(k.weight, table[k_rows]), RowScaled(v.weight, table[v_rows])
+
+
+def dequantize_ranks(k: Quantized, v: Quantized, grid: RankGrid) -> tuple[Tensor, Tensor]:
+    """The fp32 K and V of `quantize_ranks`."""
+    own, other = row_scaled_ranks(k, v, grid)
+    return own.dequantize(), other.dequantize()
 
 
 def grid_support(k_weight: Tensor, v_weight: Tensor, grid: RankGrid) -> tuple[float, float]:
@@ -164,10 +187,6 @@ def _block_scales(weight: Tensor, rows: Tensor, count: int) -> Tensor:
 def _encode(weight: Tensor, row_scales: Tensor) -> Tensor:
     scaled = _times_blocks(weight.float().clone(), row_scales, divide=True)
     return scaled.clamp_(-_MAX, _MAX).to(FP8)
-
-
-def _decode(weight: Tensor, row_scales: Tensor) -> Tensor:
-    return _times_blocks(weight.float(), row_scales, divide=False)
 
 
 def _times_blocks(values: Tensor, row_scales: Tensor, *, divide: bool) -> Tensor:

@@ -16,10 +16,11 @@ from openmimo.checkpoint.fp8 import (
     FP8,
     Quantized,
     RankGrid,
-    dequantize,
-    dequantize_ranks,
+    RowScaled,
     log_grid_support,
     rank_grid,
+    row_scaled,
+    row_scaled_ranks,
     scale_shape,
 )
 from openmimo.checkpoint.names import SCALE_SUFFIX, HubTensor
@@ -117,9 +118,9 @@ class CheckpointReader:
 
     def read(self, tensor: HubTensor, config: ModelConfig) -> Tensor:
         """The tensor in its stored format, or dequantised to float32. Call it after `problem` found nothing."""
-        quantized = self.quantized(tensor, config)
+        quantized = self.row_scaled(tensor, config)
         if quantized is not None:
-            return self._dequantized(tensor, *quantized)
+            return quantized.dequantize()
         location = self.locate(tensor)
         assert location is not None
         part = self._owners[location.name].read(location.name, index=location.expert)
@@ -132,20 +133,23 @@ class CheckpointReader:
             return None
         return self._raw(tensor.name), self._grid(tensor, config)
 
+    def row_scaled(self, tensor: HubTensor, config: ModelConfig) -> RowScaled | None:
+        """E4M3 bytes as stored with a scale for each row's 128 columns, or None for a tensor that is not FP8."""
+        found = self.quantized(tensor, config)
+        if found is None:
+            return None
+        own, grid = found
+        if grid is None or tensor.pair is None:
+            return row_scaled(own)
+        other = self._raw(tensor.pair)
+        return row_scaled_ranks(own, other, grid)[0] if tensor.is_key else row_scaled_ranks(other, own, grid)[1]
+
     def log_grid(self, key: HubTensor, config: ModelConfig) -> None:
         """Log which FP8 grid the data of a global layer's K and V support."""
         grid, used = rank_grid(config.global_attention), self.quantized(key, config)
         if key.pair is not None and used is not None and grid is not None:
             value = self._raw(key.pair).weight
             log_grid_support(key.name, used[0].weight, value, grid, rank_wise=used[1] is not None)
-
-    def _dequantized(self, tensor: HubTensor, own: Quantized, grid: RankGrid | None) -> Tensor:
-        if grid is None or tensor.pair is None:
-            return dequantize(own)
-        other = self._raw(tensor.pair)
-        if tensor.is_key:
-            return dequantize_ranks(own, other, grid)[0]
-        return dequantize_ranks(other, own, grid)[1]
 
     def _grid(self, tensor: HubTensor, config: ModelConfig) -> RankGrid | None:
         """The rank-wise grid when the scale shapes of K and V say so."""

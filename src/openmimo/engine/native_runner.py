@@ -11,21 +11,23 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from openmimo.checkpoint.load import load_model
 from openmimo.config.io import read_model_config
 from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.engine import packed
 from openmimo.engine.runner import Int32, RowState, StepInput, StepOutput
-from openmimo.errors import RequestError, nearest
-from openmimo.model import MiMoModel
+from openmimo.errors import MimoError, RequestError, nearest
+
+# PyTorch takes longer to import than packed weights take to open, so it is imported only where weights are packed.
+if TYPE_CHECKING:
+    from openmimo.engine.native_weights import NativeWeight
+    from openmimo.model import MiMoModel
 
 WEIGHTS = ("float32", "bf16", "int8", "int8_block", "fp8", "int4")
 # "auto": what weights are multiplied with is fp32 with float32 weights, else bf16.
@@ -49,6 +51,27 @@ def load_extension() -> Any:
         ) from error
 
 
+def default_threads() -> int:
+    """PyTorch's number where it is loaded; else OMP_NUM_THREADS; else the cores that this process may use."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return torch.get_num_threads()
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of a core, which gain nothing from running a thread each; Linux only."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="utf-8")
+    except OSError:
+        return str(cpu)
+
+
 class NativeRunner:
     """Weights packed for this processor, rings and pages, and the calls of the `Runner` protocol.
 
@@ -56,8 +79,10 @@ class NativeRunner:
     inputs), fp8 (E4M3, 128 x 128 blocks) or int4 (one scale per output and 32 inputs). `activations` "int8" rounds what
     8-bit weights are multiplied with to 8 bits, one scale per token and 32 inputs, and multiplies in whole numbers;
     down projections and routers stay as they are.
-    A model's weights are packed in memory. Those of a folder are packed once into a file of the user's cache folder
-    when they have `packed_file_bytes` or more; `verify` checks the folder's manifest and packs anew.
+    A model's weights are packed in memory. Those of a folder are packed tensor by tensor, and when they have
+    `packed_file_bytes` or more, once and for all into a file of the user's cache folder, which is mapped: it may be
+    larger than memory. Opening it looks at samples only; `verify` checks the folder's manifest and packs anew.
+    FP8 blocks of the files become fp8 weights as they are.
     Raises: RequestError on other words, or when the extension is missing; CheckpointError on an unusable folder.
     """
 
@@ -84,18 +109,16 @@ class NativeRunner:
         settings = _settings(native, self.config, weights)
         settings.set_activations(activations)
         settings.num_rows, settings.num_pages, settings.max_step_tokens = num_rows, num_pages, max_step_tokens
-        settings.threads = threads or torch.get_num_threads()
+        settings.threads = threads or default_threads()
         settings.kernels = os.environ.get(KERNELS_VARIABLE, "")
         try:
             self.runtime = native.Runtime(settings)
         except (ValueError, RuntimeError) as error:
             raise RequestError(f"the native runner cannot take this model: {error}") from error
-        if isinstance(source, MiMoModel):
-            self.load_weights(source)
-        elif self.runtime.weight_bytes >= packed_file_bytes:
-            self._load_packed(source, weights, activations, verify)
+        if isinstance(source, Path):
+            self._load_folder(source, weights, activations, verify=verify, packed_file_bytes=packed_file_bytes)
         else:
-            self.load_weights(_load_model(source, weights, verify))
+            self.load_weights(source)
         moe = self.config.moe
         choices = moe.num_experts_per_token if moe and self.config.num_moe_layers else 0
         self._routes_shape = (self.config.num_moe_layers, choices)
@@ -107,29 +130,63 @@ class NativeRunner:
 
         Raises: RequestError if the shapes are not this runner's, or its weights are a file that others map too.
         """
-        try:
-            for part, layer, expert, tensor in _weights(model):
-                self.runtime.set(part, layer, expert, _array(tensor))
-            self.runtime.check_complete()
-        except ValueError as error:
-            raise RequestError(f"the native runner cannot take these weights: {error}") from error
+        from openmimo.engine.native_weights import weights_of_model
 
-    def _load_packed(self, folder: Path, weights: str, activations: str, verify: bool) -> None:
+        self._set_all(weights_of_model(model))
+
+    def _load_folder(
+        self, folder: Path, weights: str, activations: str, *, verify: bool, packed_file_bytes: int
+    ) -> None:
         """Map the packed file of a folder, after writing it if there is none; every process shares its memory."""
+        if self.runtime.weight_bytes < packed_file_bytes:
+            self._pack(folder, weights, verify)
+            return
         fingerprint = packed.fingerprint(folder, f"{weights}, {activations}")
         path = packed.cache_path(fingerprint)
-        whole = self.runtime.weight_bytes <= packed.physical_memory() // 2
-        if not verify and self.runtime.open_weights(str(path), fingerprint, whole):
-            packed.mark_used(path)
-            return
-        model = _load_model(folder, weights, verify)
+
+        def opened() -> bool:
+            return not verify and self.runtime.open_weights(str(path), fingerprint)
+
+        if not opened():
+            with packed.turn(path.parent):
+                # Whoever had the turn before may have packed the same.
+                if not opened():
+                    self._pack_into_file(folder, weights, verify, path, fingerprint)
+        packed.mark_used(path)
+
+    def _pack_into_file(self, folder: Path, weights: str, verify: bool, path: Path, fingerprint: str) -> None:
+        """Weights go through the mapping of the new file, so they may be larger than memory."""
+        num_bytes = self.runtime.weight_bytes
         try:
-            packed.make_room(path, self.runtime.weight_bytes)
+            packed.make_room(path, num_bytes)
             self.runtime.create_weights(str(path))
+            _log.warning("packing %.1f GB of weights into %s; from then on they open at once", num_bytes / 1e9, path)
         except (OSError, RuntimeError) as error:
             _log.warning("packed weights are kept in memory only: %s", error)
-        self.load_weights(model)
-        self.runtime.finish_weights(fingerprint)
+        self._pack(folder, weights, verify)
+        try:
+            self.runtime.finish_weights(fingerprint)
+        except RuntimeError as error:
+            _log.warning("packed weights serve this process only: %s", error)
+
+    def _pack(self, folder: Path, weights: str, verify: bool) -> None:
+        from openmimo.engine.native_weights import weights_of_folder
+
+        self._set_all(weights_of_folder(folder, weights, verify=verify))
+
+    def _set_all(self, weights: Iterator[NativeWeight]) -> None:
+        try:
+            for weight in weights:
+                place = weight.part, weight.layer, weight.expert
+                if weight.scales is None:
+                    self.runtime.set(*place, weight.values)
+                else:
+                    self.runtime.set_codes(*place, weight.values, weight.scales)
+            self.runtime.check_complete()
+        except MimoError:
+            raise
+        except ValueError as error:
+            raise RequestError(f"the native runner cannot take these weights: {error}") from error
 
     @property
     def kernels(self) -> str:
@@ -202,10 +259,6 @@ class NativeRunner:
         self.runtime.write_row(row, state.arrays[0])
 
 
-def _load_model(folder: Path, weights: str, verify: bool) -> MiMoModel:
-    return load_model(folder, dtype="float32" if weights == "float32" else "bfloat16", verify=verify)
-
-
 def _settings(native: Any, config: ModelConfig, weights: str) -> Any:
     settings = native.RuntimeConfig()
     settings.set_weights(weights)
@@ -234,46 +287,3 @@ def _geometry(native: Any, config: ModelConfig, kind: AttentionKind) -> Any:
     geometry.rotary_half = config.rotary_dim(kind) // 2
     geometry.theta, geometry.sink = attention.rope_theta, attention.sink
     return geometry
-
-
-# Parts of the runtime by the names of the model's state, relative to a layer.
-LAYER_PARTS = {
-    "input_layernorm.weight": "input_norm",
-    "post_attention_layernorm.weight": "post_norm",
-    "pre_mlp_layernorm.weight": "post_norm",
-    "self_attn.qkv_proj.weight": "qkv",
-    "self_attn.o_proj.weight": "o",
-    "self_attn.attention_sink_bias": "sinks",
-    "mlp.gate.weight": "router",
-    "mlp.gate.e_score_correction_bias": "router_bias",
-    "mlp.gate_up_proj.weight": "gate_up",
-    "mlp.down_proj.weight": "down",
-    "mlp.experts.gate_up_proj": "expert_gate_up",
-    "mlp.experts.down_proj": "expert_down",
-    "enorm.weight": "embedding_norm",
-    "hnorm.weight": "hidden_norm",
-    "final_layernorm.weight": "final_norm",
-    "eh_proj.weight": "join",
-}
-WHOLE_PARTS = {"embed_tokens.weight": "embedding", "norm.weight": "norm", "lm_head.weight": "head"}
-
-
-def _weights(model: MiMoModel) -> Iterator[tuple[str, int, int, Tensor]]:
-    """Every weight as (part, layer, expert, tensor); MTP heads follow the main layers."""
-    for name, tensor in model.state_dict().items():
-        if name in WHOLE_PARTS:
-            yield WHOLE_PARTS[name], 0, 0, tensor
-            continue
-        group, index, rest = name.split(".", 2)
-        layer = int(index) + (model.config.num_layers if group == "mtp_heads" else 0)
-        part = LAYER_PARTS[rest]
-        for expert, one in enumerate(tensor if part.startswith("expert_") else (tensor,)):
-            yield part, layer, expert, one
-
-
-def _array(tensor: Tensor) -> Any:
-    """fp32, or bf16 as the uint16 that the extension expects."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()
-    return tensor.float().numpy()

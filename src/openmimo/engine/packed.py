@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 from openmimo.errors import CheckpointError
@@ -14,6 +16,8 @@ from openmimo.kernels.native import cache_folder
 MOST_FILES = 16
 MOST_BYTES = 128 << 30
 SUFFIX = ".packed"
+
+_log = logging.getLogger(__name__)
 
 
 def fingerprint(folder: Path, layout: str) -> str:
@@ -44,6 +48,36 @@ def mark_used(path: Path) -> None:
         os.utime(path)
 
 
+@contextlib.contextmanager
+def turn(folder: Path) -> Generator[None]:
+    """Be the only process that packs into `folder`: a second one of the same weights would do the work twice.
+
+    A process that ends gives its turn back, whatever ends it; the file that it was writing is deleted by the next.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if _lock(descriptor):
+            for leftover in folder.glob(f"*{SUFFIX}.*"):
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Wait for the lock; False where the file system has none, as on some network ones: then all may pack at once."""
+    import fcntl  # Unix only, as packed files are
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.warning("another process is packing weights; waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
 def make_room(path: Path, num_bytes: int) -> None:
     """Delete the files that were not used longest, so that one of `num_bytes` fits the limits."""
     others = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -52,11 +86,3 @@ def make_room(path: Path, num_bytes: int) -> None:
         used, kept = used + file.stat().st_size, kept + 1
         if used > MOST_BYTES or kept > MOST_FILES:
             file.unlink(missing_ok=True)
-
-
-def physical_memory() -> int:
-    """Bytes of memory of this machine, 0 where it cannot be asked."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
