@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from openmimo.train.loop import TrainResult
 
 DOMAINS = ("math", "code", "logic")
+# In the package, so that an installed one has it; `recipes/` of the repository links there.
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
 
 
 def demo_command(
     out: Annotated[Path, typer.Option(help="Run folder; an earlier run in it is replaced.")] = Path("runs/demo"),
-    recipe: Annotated[Path, typer.Option(help="Training recipe.")] = Path("recipes/demo.toml"),
+    recipe: Annotated[Path | None, typer.Option(help="Training recipe; by default the package's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and problems.")] = 0,
     num: Annotated[int, typer.Option(help="Held-out problems per domain.")] = 200,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
@@ -39,7 +41,7 @@ def demo_command(
 
     started = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
-    resolved = load_recipe(recipe, [f"seed={seed}", *(overrides or [])], TrainRecipe)
+    resolved = load_recipe(recipe or RECIPE, [f"seed={seed}", *(overrides or [])], TrainRecipe)
     console.print(
         f"[bold]1. Training[/] {resolved.model.preset} from random weights: {', '.join(DOMAINS)} and source text"
     )

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import openmimo.evals.speed
+from openmimo.cli import demo
 from openmimo.cli.main import build_app
 from openmimo.config.recipe import load_recipe
 from openmimo.config.train import TrainRecipe
@@ -50,11 +51,18 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def test_the_repository_shows_the_recipe_of_the_package() -> None:
+    """Catches a second recipe, which the README would name and the demo not run."""
+    assert RECIPE.samefile(demo.RECIPE)
+
+
 @pytest.mark.usefixtures("short_answers")
-def test_the_demo_runs_reports_and_may_run_again(tmp_path: Path) -> None:
-    """A step of the demo that is only run by hand, a report without the figures that the README names."""
+def test_the_demo_runs_reports_and_may_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the demo that is only run by hand, a report without the figures that the README names, a recipe that
+    is found in a clone only."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "demo"
-    arguments = ("demo", "--recipe", str(RECIPE), "--out", str(out), "--num", "2")
+    arguments = ("demo", "--out", str(out), "--num", "2")
     done = invoke(*arguments, *SHORT)
     assert done.exit_code == 0
     assert "Talk to it:  openmimo chat --model" in done.output
