@@ -12,7 +12,7 @@ from openmimo.config.model import ModelConfig
 from openmimo.errors import RequestError
 from openmimo.evals.bench_limits import Limits
 from openmimo.evals.bench_process import TargetProcess
-from openmimo.evals.bench_target import BenchTarget, Generation, TargetSpec
+from openmimo.evals.bench_target import BenchTarget, Drafts, Generation, TargetSpec
 from openmimo.evals.measuring import reported_in_turns, spread
 
 # Every turn begins with work that is not timed: another engine has filled the caches, and this one's threads slept.
@@ -122,7 +122,7 @@ def bench_mtp(
             last: dict[str, Generation] = {}
             settings: dict[str, str] = {}
 
-            def arm(name: str, drafts: int, batch: int = batch, group: Sequence[Sequence[int]] = group) -> float:
+            def arm(name: str, drafts: Drafts, batch: int = batch, group: Sequence[Sequence[int]] = group) -> float:
                 key = f"{name}, {drafts} drafts" if drafts else name
                 last[key] = targets[name].generate(group[:batch], num_tokens, num_drafts=drafts)  # noqa: B023
                 settings[key] = targets[name].settings  # noqa: B023
@@ -133,6 +133,8 @@ def bench_mtp(
                 arms[name] = lambda name=name: arm(name, 0)
                 if num_drafts and (name != "llama.cpp" or batch == 1):
                     arms[f"{name}, {num_drafts} drafts"] = lambda name=name: arm(name, num_drafts)
+                if num_drafts and name == "openmimo":
+                    arms[f"{name}, auto drafts"] = lambda name=name: arm(name, "auto")
             seconds = reported_in_turns(arms, rounds)
             for key, values in seconds.items():
                 plain = last[key.partition(",")[0]]

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from openmimo.errors import MimoError, RequestError
-from openmimo.evals.bench_target import BenchTarget, Generation, TargetSpec, open_target
+from openmimo.evals.bench_target import BenchTarget, Drafts, Generation, TargetSpec, open_target
 from openmimo.evals.measuring import resident_peak
 
 
@@ -47,7 +47,7 @@ class TargetProcess:
     def decode(self, steps: Sequence[Sequence[int]]) -> float:
         return cast("float", self._call("decode", steps))
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: Drafts) -> Generation:
         return cast("Generation", self._call("generate", prompts, num_tokens, num_drafts=num_drafts))
 
     def close(self) -> None:

@@ -17,6 +17,8 @@ from openmimo.engine import PAGE_TOKENS, DraftStats, Runner
 from openmimo.errors import RequestError, nearest
 
 TargetKind = Literal["openmimo", "transformers", "llama.cpp"]
+# How many MTP heads draft: a number, or as many as pay.
+Drafts = int | Literal["auto"]
 Weights = Literal["float32", "bf16", "int8"]
 TARGET_KINDS: tuple[TargetKind, ...] = ("openmimo", "transformers", "llama.cpp")
 # int8 with one fp16 scale per 32 numbers.
@@ -69,7 +71,7 @@ class BenchTarget(Protocol):
         """Seconds of some steps, each of one given token per sequence and the logits after it. Sequences grow."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: Drafts) -> Generation:
         """Continue all prompts greedily by `num_tokens` tokens, drafting with that many MTP heads."""
         ...
 

@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 
 from openmimo.engine import DraftStats
-from openmimo.evals.bench_target import Generation
+from openmimo.errors import RequestError
+from openmimo.evals.bench_target import Drafts, Generation
 from openmimo.evals.llama_cpp import ContextOptions, LlamaContext, LlamaModel
 from openmimo.evals.llama_drafts import LlamaDrafter
 
@@ -59,7 +60,9 @@ class LlamaCppPeer:
             context.advance(len(step))
         return time.perf_counter() - started
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: Drafts) -> Generation:
+        if num_drafts == "auto":
+            raise RequestError("llama.cpp does not choose the number of drafts; give a number")
         if num_drafts == 0 and len(prompts) > 1:
             return self._generate_together(prompts, num_tokens)
         drafter = self._open_drafter(max(map(len, prompts)) + num_tokens, num_drafts)

@@ -9,7 +9,7 @@ import numpy as np
 
 from openmimo.engine import DraftStats, Engine, Runner, SamplingParams, StepInput
 from openmimo.engine.runner import PAGE_TOKENS, Float32, Int32
-from openmimo.evals.bench_target import Generation
+from openmimo.evals.bench_target import Drafts, Generation
 
 # What a runner is made for: its number of rows and of pages.
 MakeRunner = Callable[[int, int], Runner]
@@ -27,6 +27,8 @@ class RunnerTarget:
         self.settings = " ".join(filter(None, [type(self.runner).__name__, str(getattr(self.runner, "kernels", ""))]))
         self._lengths_S = np.zeros(0, np.int32)
         self._tables: tuple[Int32, ...] = ()
+        self._engine: Engine | None = None
+        self._engine_rows = 0
 
     def prefill(self, prompt: Sequence[int]) -> float:
         self._reserve(1, len(prompt))
@@ -52,10 +54,14 @@ class RunnerTarget:
             self._lengths_S = self._lengths_S + 1
         return time.perf_counter() - started
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: Drafts) -> Generation:
         """Greedy continuations by the engine, which schedules, samples and drafts."""
         self._reserve(len(prompts), max(map(len, prompts)) + num_tokens + self.runner.config.num_mtp_heads)
-        engine = Engine(self.runner, draft_heads=num_drafts, max_batch=len(prompts), prefix_cache_bytes=0)
+        if self._engine is None or self._engine_rows < len(prompts):
+            # It is kept, so that an automatic number of drafts goes by what earlier rounds measured.
+            self._engine = Engine(self.runner, max_batch=len(prompts), prefix_cache_bytes=0)
+            self._engine_rows = len(prompts)
+        engine = self._engine.with_drafts(num_drafts)
         started = time.perf_counter()
         completions = engine.generate(prompts, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
         return Generation(
@@ -71,6 +77,7 @@ class RunnerTarget:
         pages = -(-num_tokens // PAGE_TOKENS)
         if num_rows > self.runner.num_rows or num_rows * pages > self.runner.num_pages:
             self.runner = self._make(num_rows, num_rows * pages)
+            self._engine = None
         self._tables = tuple(np.arange(row * pages, (row + 1) * pages, dtype=np.int32) for row in range(num_rows))
 
     def _feed_prompt(self, row: int, ids_N: Int32) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from openmimo.errors import RequestError
-from openmimo.evals.bench_target import Generation
+from openmimo.evals.bench_target import Drafts, Generation
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 # batched_mm copies the chosen experts of every token.
@@ -67,7 +67,7 @@ class TransformersPeer:
             self._cache = self.model(step_B1, past_key_values=self._cache, use_cache=True).past_key_values
         return time.perf_counter() - started
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: int) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, num_drafts: Drafts) -> Generation:
         raise RequestError("transformers cannot draft with MTP heads; compare with llama.cpp")
 
     def close(self) -> None:

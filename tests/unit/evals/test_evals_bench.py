@@ -18,11 +18,11 @@ from openmimo.engine import DraftStats, Engine, SamplingParams
 from openmimo.engine.native_runner import NativeRunner, load_extension
 from openmimo.errors import CheckpointError, RequestError
 from openmimo.evals import bench_limits
-from openmimo.evals.bench import bench_decode, bench_mtp, bench_prefill
+from openmimo.evals.bench import WARM_STEPS, bench_decode, bench_mtp, bench_prefill
 from openmimo.evals.bench_limits import Limits
 from openmimo.evals.bench_process import TargetProcess
 from openmimo.evals.bench_run import BenchPlan
-from openmimo.evals.bench_target import Generation, TargetSpec
+from openmimo.evals.bench_target import Drafts, Generation, TargetSpec
 from openmimo.evals.runner_target import RunnerTarget
 from openmimo.model import build_model
 
@@ -53,9 +53,9 @@ class ScriptedTarget:
         self.steps.append([list(step) for step in steps])
         return next(self.seconds)
 
-    def generate(self, prompts: Steps, num_tokens: int, *, num_drafts: int) -> Generation:
+    def generate(self, prompts: Steps, num_tokens: int, *, num_drafts: Drafts) -> Generation:
         self.log.append(f"{self.name}{num_drafts}x{len(prompts)}")
-        texts = tuple((num_drafts,) * num_tokens if self.name == "a" else (0,) for _ in prompts)
+        texts = tuple((int(num_drafts == 2),) * num_tokens if self.name == "a" else (0,) for _ in prompts)
         return Generation(seconds=next(self.seconds), token_ids=texts, draft=DraftStats((1, 0, 0, 3)))
 
     def close(self) -> None: ...
@@ -67,12 +67,12 @@ def limits(tiny_config: ModelConfig) -> Limits:
 
 
 def test_prefill_takes_turns_and_reports_medians(tiny_config: ModelConfig, limits: Limits) -> None:
-    """A A B B order, the warm-up counted, a mean in place of a median, or another prompt for each target."""
+    """Rounds not in turns, untimed work counted, a mean in place of a median, or another prompt for each target."""
     log: list[str] = []
-    a = ScriptedTarget("a", log, [99, 1, 2, 6])
-    b = ScriptedTarget("b", log, [99, 4, 4, 5])
+    a = ScriptedTarget("a", log, [99, 99, 99, 1, 99, 2, 99, 6])
+    b = ScriptedTarget("b", log, [99, 99, 99, 4, 99, 4, 99, 5])
     rows = bench_prefill({"a": a, "b": b}, tiny_config, limits, lengths=[8], rounds=3)
-    assert log == ["a", "b"] * 4
+    assert log == ["a", "a", "b", "b"] * 4  # each turn warms up first
     assert [row.tokens_per_s for row in rows] == [4.0, 2.0]
     assert (rows[0].spread, rows[0].seconds) == (2.5, (1, 2, 6))
     assert a.prompts == b.prompts
@@ -82,12 +82,12 @@ def test_prefill_takes_turns_and_reports_medians(tiny_config: ModelConfig, limit
 
 def test_decode_feeds_every_sequence_tokens_of_its_own(tiny_config: ModelConfig, limits: Limits) -> None:
     """The same token for all sequences, which flatters a mixture of experts; too little room for all rounds."""
-    a = ScriptedTarget("a", [], [1, 0.5, 0.5])
+    a = ScriptedTarget("a", [], [9, 1, 9, 0.5, 9, 0.5])
     (row,) = bench_decode(
         {"a": a}, tiny_config, limits, batches=[3], contexts=[10], num_steps=4, rounds=2
     )  # fmt: skip
     assert [len(prompt) for prompt in a.prompts] == [10] * 3
-    assert a.room == sum(map(len, a.steps)) == 12
+    assert a.room == sum(map(len, a.steps)) == 3 * (WARM_STEPS + 4)
     columns = list(zip(*(step for steps in a.steps for step in steps), strict=True))
     assert len(set(columns)) == len(columns) == 3
     assert len(set(columns[0])) > 3
@@ -97,11 +97,18 @@ def test_decode_feeds_every_sequence_tokens_of_its_own(tiny_config: ModelConfig,
 def test_mtp_compares_with_and_without_drafts(limits: Limits) -> None:
     """Drafts left on in the plain arm, llama.cpp asked to draft for several sequences, or a changed text unseen."""
     log: list[str] = []
-    targets = {"a": ScriptedTarget("a", log, [1] * 9), "llama.cpp": ScriptedTarget("l", log, [1] * 9)}
+    targets = {
+        "a": ScriptedTarget("a", log, [1] * 9),
+        "openmimo": ScriptedTarget("o", log, [1] * 12),
+        "llama.cpp": ScriptedTarget("l", log, [1] * 9),
+    }
     prompts = {"math": [[1], [2]]}
     rows = bench_mtp(targets, prompts, batches=[1, 2], num_tokens=5, num_drafts=2, rounds=1)
-    assert log == ["a0x1", "a2x1", "l0x1", "l2x1"] * 2 + ["a0x2", "a2x2", "l0x2"] * 2
-    assert [row.details["same_text"] for row in rows] == [1, 0, 1, 1, 1, 0, 1]
+    ours = ["o0x{}", "o2x{}", "oautox{}"]
+    alone, together = ([name.format(batch) for name in ours] for batch in (1, 2))
+    assert log == ["a0x1", "a2x1", *alone, "l0x1", "l2x1"] * 2 + ["a0x2", "a2x2", *together, "l0x2"] * 2
+    assert [row.details["same_text"] for row in rows if row.target[0] == "a"] == [1, 0, 1, 0]
+    assert all(row.details["same_text"] for row in rows if row.target[0] != "a")
     assert rows[0].details["acceptance_length"] == 1 + 3 * 3 / 4
     assert rows[-1].tokens_per_s == 10
     with pytest.raises(RequestError, match="fewer prompts"):
