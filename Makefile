@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FIRST_TORCH := $(PIP) install --retries 1 --timeout 10 $(addprefix --index-url ,$(TORCH_INDEX)) "$(TORCH)"
 PYTEST := $(BIN)/python -m pytest -q
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint parity slow bench clean
+.PHONY: help demo test check lint parity slow sanitize proofs bench clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,13 @@ parity: $(VENV)/.with-dev ## Logits and checkpoints compared with transformers
 
 slow: $(VENV)/.with-dev ## The tests that take minutes
 	$(PYTEST) -m slow
+
+sanitize: $(VENV)/.with-dev ## The engine's tests under AddressSanitizer, UBSan and ThreadSanitizer
+	$(PIP) install --quiet nanobind cmake ninja
+	PATH="$(abspath $(BIN)):$$PATH" csrc/sanitize.sh "$(abspath $(BIN))/python"
+
+proofs: $(VENV)/.with-dev ## What the engine promises, in full size: identity, determinism, distribution, cache, formats
+	$(BIN)/python benchmarks/engine_proofs.py
 
 bench: $(VENV)/.with-bench ## All benchmarks, one after the other: tables and JSON lines
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -15,6 +16,15 @@ from openmimo.cli.machine import usable_cores
 # Read when torch and huggingface_hub are first imported. Torch by itself counts cores that a container may not use.
 os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Another build of the C++ runtime in place of the installed one: `make sanitize` sets this.
+if native_folder := os.environ.get("OPENMIMO_NATIVE_FOLDER"):
+    (native_file,) = Path(native_folder).glob("_native*.so")
+    spec = importlib.util.spec_from_file_location("openmimo._native", native_file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["openmimo._native"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["openmimo._native"])
 
 # A slow or busy machine must not fail a property; continuous integration draws the same examples every time.
 settings.register_profile("openmimo", deadline=None, derandomize="CI" in os.environ)
