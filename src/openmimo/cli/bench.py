@@ -51,7 +51,7 @@ def bench_command(
     activations: Annotated[str, typer.Option(help="This package's: int8 with int8 weights; or auto.")] = "auto",
     batches: Annotated[str | None, typer.Option(help="Numbers of sequences, comma-separated.")] = None,
     contexts: Annotated[str | None, typer.Option(help="Tokens before decoding starts; prompt lengths.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens per sequence and round.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per sequence and round.")] = 32,
     drafts: Annotated[int, typer.Option(min=0, help="MTP heads that draft, for mtp.")] = 3,
     domains: Annotated[str, typer.Option(help="Domains of the prompts of mtp; random ones for a preset.")] = "math",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in turns; the medians count.")] = 5,
