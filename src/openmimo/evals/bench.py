@@ -127,6 +127,7 @@ def bench_mtp(
             def arm(name: str, drafts: Drafts, batch: int = batch, group: Sequence[Sequence[int]] = group) -> float:
                 key = f"{name}, {drafts} drafts" if drafts else name
                 time.sleep(PAUSE_SECONDS)
+                targets[name].generate(group[:batch], WARM_STEPS, num_drafts=drafts)
                 last[key] = targets[name].generate(group[:batch], num_tokens, num_drafts=drafts)  # noqa: B023
                 settings[key] = targets[name].settings  # noqa: B023
                 return last[key].seconds  # noqa: B023
