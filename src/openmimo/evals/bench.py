@@ -85,7 +85,7 @@ def bench_decode(
     rounds: int,
     seed: int = 0,
 ) -> list[BenchRow]:
-    """Tokens per second of all sequences together. Contexts grow in every round, the same for all."""
+    """Tokens per second of all sequences together; every round begins anew with prompts of `context` tokens."""
     rows: list[BenchRow] = []
     rng = random.Random(seed)
     for batch in batches:
@@ -93,11 +93,9 @@ def bench_decode(
             prompts = random_tokens(rng, config.vocab_size, batch, context)
             steps = WARM_STEPS + num_steps
             plan = [random_tokens(rng, config.vocab_size, steps, batch) for _ in range(rounds + 1)]
-            for target in targets.values():
-                target.start(prompts, room=steps * (rounds + 1))
-            arms = {name: _decode_arm(target, plan) for name, target in targets.items()}
+            arms = {name: _decode_arm(target, prompts, plan) for name, target in targets.items()}
             seconds = reported_in_turns(arms, rounds)
-            limit = limits.decode_tokens_per_s(batch, context + steps * (rounds + 2) // 2)
+            limit = limits.decode_tokens_per_s(batch, context + steps - num_steps // 2)
             rows += _rows(targets, f"batch {batch}, context {context}", seconds, batch * num_steps, limit)
     return rows
 
@@ -182,12 +180,15 @@ def _prefill_arm(target: BenchTarget, prompt: Sequence[int]) -> Callable[[], flo
     return turn
 
 
-def _decode_arm(target: BenchTarget, plan: Sequence[Sequence[Sequence[int]]]) -> Callable[[], float]:
+def _decode_arm(
+    target: BenchTarget, prompts: Sequence[Sequence[int]], plan: Sequence[Sequence[Sequence[int]]]
+) -> Callable[[], float]:
     steps_left = iter(plan)
 
     def turn() -> float:
         time.sleep(PAUSE_SECONDS)
         steps = next(steps_left)
+        target.start(prompts, room=len(steps))
         target.decode(steps[:WARM_STEPS])
         return target.decode(steps[WARM_STEPS:])
 
