@@ -124,7 +124,7 @@ struct Kernels {
   void (*add)(float* x, const float* const* parts, const float* weights, int num_parts, int64_t dim);
   // Rotate dims i and i + half by the position's angle, then write words.
   void (*rotate)(Arithmetic, const float* x, const float* cosine, const float* sine, int half, int dim, uint32_t* out);
-  // silu(gate) * up as words; `scales` (gate and up columns) may be null.
+  // silu(gate) * up as words.
   void (*swiglu)(Arithmetic, const float* gate, const float* up, int width, uint32_t* out);
   void (*sigmoid)(float* x, int64_t count);
   int64_t (*argmax)(const float* x, int64_t count);

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from openmimo.cli.engine_options import Activations, DraftHeads, ModelFolder, RunnerName, Verify, Weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,17 +24,15 @@ HELP = """/help            this list
 
 
 def chat_command(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder, or a run folder that holds one in model/.")],
+    model: ModelFolder,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Weights in memory: bf16, float32, int8, int8_block, fp8 or int4.")
-    ] = "bf16",
-    activations: Annotated[str, typer.Option(help="int8: multiply 8-bit weights in whole numbers; or auto.")] = "auto",
-    runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
-    verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
+    draft_heads: DraftHeads = "auto",
+    weights: Weights = "bf16",
+    activations: Activations = "auto",
+    runner: RunnerName = "auto",
+    verify: Verify = False,
 ) -> None:
     """Chat with a model. Tokens that an MTP head drafted are coloured by head."""
     from rich.console import Console

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from openmimo.cli.engine_options import Activations, DraftHeads, ModelFolder, RunnerName, Verify, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def eval_command(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder, or a run folder that holds one in model/.")],
+    model: ModelFolder,
     domains: Annotated[str, typer.Option(help="Comma-separated domains.")] = "math,code,logic",
     level: Annotated[int, typer.Option(help="Difficulty, from 1.")] = 1,
     num: Annotated[int, typer.Option(help="Problems per domain.")] = 200,
@@ -24,13 +25,11 @@ def eval_command(
     split: Annotated[str, typer.Option(help="test: problems never trained on; or train.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
     max_batch: Annotated[int, typer.Option(help="Answers written at the same time.")] = 32,
-    draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Weights in memory: bf16, float32, int8, int8_block, fp8 or int4.")
-    ] = "bf16",
-    activations: Annotated[str, typer.Option(help="int8: multiply 8-bit weights in whole numbers; or auto.")] = "auto",
-    runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
-    verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
+    draft_heads: DraftHeads = "auto",
+    weights: Weights = "bf16",
+    activations: Activations = "auto",
+    runner: RunnerName = "auto",
+    verify: Verify = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
 ) -> None:
     """Answer held-out problems greedily and grade them: a table, then one JSON line."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from openmimo.cli.engine_options import Activations, DraftHeads, ModelFolder, RunnerName, Verify, Weights
+
 
 def generate_command(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder, or a run folder that holds one in model/.")],
+    model: ModelFolder,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Send the prompt as a chat message, or as it is.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
@@ -17,13 +18,11 @@ def generate_command(
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep this many most probable tokens; 0 keeps all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    draft_heads: Annotated[str, typer.Option(help="Drafts per step: auto, or a number from 0.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Weights in memory: bf16, float32, int8, int8_block, fp8 or int4.")
-    ] = "bf16",
-    activations: Annotated[str, typer.Option(help="int8: multiply 8-bit weights in whole numbers; or auto.")] = "auto",
-    runner: Annotated[str, typer.Option(help="What computes: auto, native (C++) or torch.")] = "auto",
-    verify: Annotated[bool, typer.Option(help="Check the files against manifest.json first.")] = False,
+    draft_heads: DraftHeads = "auto",
+    weights: Weights = "bf16",
+    activations: Activations = "auto",
+    runner: RunnerName = "auto",
+    verify: Verify = False,
 ) -> None:
     """Continue one or more prompts; drafts make decoding faster and never change the text."""
     import time

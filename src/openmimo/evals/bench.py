@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +15,8 @@ from openmimo.evals.bench_process import TargetProcess
 from openmimo.evals.bench_target import BenchTarget, Drafts, Generation, TargetSpec
 from openmimo.evals.measuring import reported_in_turns, spread
 
-# Every turn begins with a pause, because another engine's threads spin for some milliseconds after their work, and with
-# work that is not timed, because that engine has filled the caches and this one's threads slept.
-PAUSE_SECONDS, WARM_STEPS, WARM_TOKENS = 0.05, 8, 128
+# Every turn begins with work that is not timed: another engine has filled the caches, and this one's threads slept.
+WARM_STEPS, WARM_TOKENS = 8, 128
 
 Targets = Mapping[str, BenchTarget]
 
@@ -124,7 +122,6 @@ def bench_mtp(
 
             def arm(name: str, drafts: Drafts, batch: int = batch, group: Sequence[Sequence[int]] = group) -> float:
                 key = f"{name}, {drafts} drafts" if drafts else name
-                time.sleep(PAUSE_SECONDS)
                 targets[name].generate(group[:batch], WARM_STEPS, num_drafts=drafts)
                 last[key] = targets[name].generate(group[:batch], num_tokens, num_drafts=drafts)  # noqa: B023
                 settings[key] = targets[name].settings  # noqa: B023
@@ -173,7 +170,6 @@ def bench_load(specs: Sequence[TargetSpec], config: ModelConfig, *, rounds: int,
 
 def _prefill_arm(target: BenchTarget, prompt: Sequence[int]) -> Callable[[], float]:
     def turn() -> float:
-        time.sleep(PAUSE_SECONDS)
         target.prefill(prompt[:WARM_TOKENS])
         return target.prefill(prompt)
 
@@ -186,7 +182,6 @@ def _decode_arm(
     steps_left = iter(plan)
 
     def turn() -> float:
-        time.sleep(PAUSE_SECONDS)
         steps = next(steps_left)
         target.start(prompts, room=len(steps))
         target.decode(steps[:WARM_STEPS])

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from openmimo.errors import MimoError, RequestError
 from openmimo.evals.bench_target import BenchTarget, Drafts, Generation, TargetSpec, open_target
 from openmimo.evals.measuring import resident_peak
-
-# Threads that stay on cores of their own. Without that a peer's threads may wake up on one core and share it for some
-# 60 ms, longer than a turn of a small model. This package's runtime sees to it itself.
-PEER_ENVIRONMENT = {"OMP_PROC_BIND": "spread", "OMP_PLACES": "cores"}
 
 
 class TargetProcess:
@@ -31,8 +25,7 @@ class TargetProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
-        with _environment({} if spec.kind == "openmimo" else PEER_ENVIRONMENT):
-            self._process.start()
+        self._process.start()
         theirs.close()
         self.load_seconds = cast("float", self._receive())
 
@@ -81,21 +74,6 @@ class TargetProcess:
         if not worked:
             raise RequestError(f"{self.kind}: {result}")
         return result
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Generator[None]:
-    """Variables that a process started inside inherits."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _serve(connection: Connection, spec: TargetSpec) -> None:
