@@ -51,7 +51,7 @@ Runtime::Runtime(RuntimeConfig config)
   for (auto& history : histories_) history.next.assign(c.mtp_heads, 0);
   main_ = std::make_unique<Step>(c, c.max_step_tokens);
   if (c.mtp_heads > 0)
-    heads_ = std::make_unique<Step>(c, std::max(c.num_rows * (MAX_HISTORY + c.mtp_heads + 1), layers_.back()->cache.slots));
+    heads_ = std::make_unique<Step>(c, std::max(c.num_rows * (MAX_BACKLOG + c.mtp_heads + 1), layers_.back()->cache.slots));
   for (int thread = 0; thread <= pool_.size(); ++thread)
     locals_.push_back(std::make_unique<Local>(c, std::max(main_->capacity, heads_ ? heads_->capacity : 0),
                                               thread == pool_.size(), round_up(std::max(c.global.v, c.sliding.v), 16)));

@@ -83,10 +83,11 @@ class Runtime {
   // the row's first `forward` and its `commit`.
   void track(const int32_t* rows, int num_rows);
 
-  // Keep the first `kept` tokens of each sequence of the last forward: MTP heads learn of them.
+  // Keep the first `kept` tokens of each sequence of the last forward.
   void commit(const int32_t* kept);
 
-  // The heads' proposals after the newest (not yet fed) token of each row.
+  // The heads' proposals after the newest (not yet fed) token of each row; they first take over what was kept since the
+  // last time, as far as their windows reach.
   void draft(const int32_t* rows, const int32_t* newest, int num_rows, int32_t* drafts);
 
   void copy_row(int source, int target);
@@ -156,7 +157,9 @@ class Runtime {
   // The positions that a head lacks true entries for, as one sequence per row; with `newest`, up to the last position.
   std::vector<Sequence> head_sequences(int head, const std::vector<int32_t>& rows, bool with_newest);
   void head_pass(int head, const std::vector<int32_t>& rows, const int32_t* newest, int32_t* drafts);
-  void trim(int row);
+  void forget(History& history, int64_t position) const;
+  int64_t spare() const;
+  int64_t kept_positions() const;
   void rewind(int row, int64_t length);
 
   RuntimeConfig config_;

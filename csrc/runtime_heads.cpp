@@ -102,17 +102,20 @@ void Runtime::draft(const int32_t* rows, const int32_t* newest, int num_rows, in
   for (int i = 0; i < num_rows; ++i)
     if (histories_[rows[i]].tokens.empty())
       throw std::invalid_argument("row " + std::to_string(rows[i]) + " is not tracked for drafts, or kept no token yet");
-  for (int head = 0; head < config_.mtp_heads; ++head) head_pass(head, all, newest, drafts);
-  for (const int32_t row : all) trim(row);
+  for (int head = 0; head < config_.mtp_heads; ++head) {
+    for (const int32_t row : all)  // many positions at once would be more than a pass for all rows has room for
+      if (histories_[row].length - histories_[row].next[head] > MAX_BACKLOG) head_pass(head, {row}, nullptr, nullptr);
+    head_pass(head, all, newest, drafts);
+  }
+  for (const int32_t row : all) {
+    History& history = histories_[row];
+    forget(history, std::min(*std::min_element(history.next.begin(), history.next.end()), history.length - spare()));
+  }
 }
 
-// Forget hidden states that no head needs any more.
-void Runtime::trim(int row) {
-  History& history = histories_[row];
-  const int64_t needed = *std::min_element(history.next.begin(), history.next.end());
-  // Some positions stay beyond that: a draft needs the last one, and a step may take tokens back.
-  const int64_t spare = 1 + config_.mtp_heads;
-  const int64_t drop = std::min<int64_t>(needed - history.first(), static_cast<int64_t>(history.tokens.size()) - spare);
+// Forget hidden states before a position.
+void Runtime::forget(History& history, int64_t position) const {
+  const int64_t drop = position - history.first();
   if (drop <= 0) return;
   history.tokens.erase(history.tokens.begin(), history.tokens.begin() + drop);
   history.hidden.erase(history.hidden.begin(), history.hidden.begin() + drop * config_.hidden);
@@ -128,10 +131,8 @@ void Runtime::commit(const int32_t* kept) {
     const float* hidden = main_->hidden.data() + s.offset * config_.hidden;
     history.hidden.insert(history.hidden.end(), hidden, hidden + static_cast<int64_t>(kept[i]) * config_.hidden);
     history.tokens.insert(history.tokens.end(), last_tokens_.begin() + s.offset, last_tokens_.begin() + s.offset + kept[i]);
-    if (static_cast<int>(history.tokens.size()) > MAX_HISTORY) {
-      for (int head = 0; head < config_.mtp_heads; ++head) head_pass(head, {s.row}, nullptr, nullptr);
-      trim(s.row);
-    }
+    // Heads run when drafts are asked for, over no more than a window: until then a position costs a copy.
+    if (static_cast<int64_t>(history.tokens.size()) > 2 * kept_positions()) forget(history, history.length - kept_positions());
   }
   last_.clear();
 }
@@ -163,10 +164,15 @@ void Runtime::copy_page(int source, int target) {
   std::memcpy(pages_.data() + target * page_words_, pages_.data() + source * page_words_, page_words_ * sizeof(uint32_t));
 }
 
+// Positions that stay beyond what the heads have taken: a draft needs the last one, and a step may take tokens back.
+int64_t Runtime::spare() const { return 1 + config_.mtp_heads; }
+
+// Positions whose hidden states a draft may need: the window of a head's last position.
+int64_t Runtime::kept_positions() const { return config_.mtp_heads ? layers_.back()->cache.slots + spare() : 0; }
+
 // Rings, then length, whether it is tracked, next positions, number of held positions, their tokens and hidden states.
 int64_t Runtime::row_state_bytes() const {
-  const int64_t positions = MAX_HISTORY + config_.mtp_heads + 1;
-  return row_bytes() + 8 * (3 + config_.mtp_heads) + positions * (4 + 4 * static_cast<int64_t>(config_.hidden));
+  return row_bytes() + 8 * (3 + config_.mtp_heads) + kept_positions() * (4 + 4 * static_cast<int64_t>(config_.hidden));
 }
 
 void Runtime::read_row(int row, uint8_t* state) const {
@@ -175,15 +181,16 @@ void Runtime::read_row(int row, uint8_t* state) const {
     std::memcpy(state, from, bytes);
     state += bytes;
   };
-  const auto count = static_cast<int64_t>(history.tokens.size());
+  const auto held = static_cast<int64_t>(history.tokens.size());
+  const int64_t count = std::min(held, kept_positions());
   put(rings_.data() + row * ring_words_, row_bytes());
   put(&history.length, 8);
   const int64_t tracked = history.tracked;
   put(&tracked, 8);
   put(history.next.data(), 8 * config_.mtp_heads);
   put(&count, 8);
-  put(history.tokens.data(), 4 * count);
-  put(history.hidden.data(), 4 * count * config_.hidden);
+  put(history.tokens.data() + held - count, 4 * count);
+  put(history.hidden.data() + (held - count) * config_.hidden, 4 * count * config_.hidden);
 }
 
 void Runtime::write_row(int row, const uint8_t* state) {

@@ -14,7 +14,7 @@ constexpr int TILE_ROWS = 64;       // rows of a feed-forward tile
 constexpr int ATTENTION_ROWS = 64;  // query rows (tokens times heads of a group) of an attention tile
 constexpr int ROUTER_ROWS = 8;
 constexpr int MAX_CHOICES = 256;  // experts per token
-constexpr int MAX_HISTORY = 16;   // positions a row may hold back before the heads catch up
+constexpr int MAX_BACKLOG = 16;   // positions that a head may take over in the pass that drafts
 
 // Tokens of an attention tile.
 inline int attention_tile(const Geometry& g) { return std::max(1, ATTENTION_ROWS * g.groups / g.heads); }
