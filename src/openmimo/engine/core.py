@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from openmimo.engine.blocks import BlockManager
-from openmimo.engine.drafting import DraftPolicy
+from openmimo.engine.drafting import REST, DraftPolicy
 from openmimo.engine.prefix import MIN_CACHED_TOKENS, PrefixCache, PrefixEntry
 from openmimo.engine.runner import PAGE_TOKENS, Float32, Int32, Routes, Runner, StepInput
 from openmimo.engine.sampler import Choices, RowOptions, choose, greedy
@@ -113,6 +113,7 @@ class EngineCore:
         began = perf_counter()
         emissions: list[Emission] = []
         scheduler = self.scheduler
+        changed = False  # whether the answers in progress are others than in the last step
         ready = scheduler.admit()
         if ready:
             self._begin_from_entries(ready, emissions)
@@ -127,6 +128,7 @@ class EngineCore:
             if chunks:
                 self._prefill_heads(chunks)
             self.runner.commit(step.rows_S, self._kept_S[: len(scheduled)])
+            changed = bool(chunks)
             if chunks:
                 self._take_snapshots(chunks, output.logits_MV)
             elif not ready:
@@ -134,7 +136,9 @@ class EngineCore:
         for sequence, *_ in emissions:
             if sequence.finish_reason is not None and sequence.row >= 0:
                 self._finish(sequence)
-        self._draft()
+                changed = True
+        if changed or ready or not self.policy.rests():
+            self._draft()
         return emissions
 
     def _make_step(self) -> tuple[StepInput, list[_Span], list[_Chunk]]:
@@ -339,6 +343,7 @@ class EngineCore:
             num_answers += 1
             if sequence.draft_limit and sequence.limit - len(sequence.ids) > 1:
                 (adaptive if sequence.adaptive else others).append(sequence)
+        self.policy.rest = 0
         if adaptive:
             num_others = num_answers - len(adaptive) + sum(sequence.num_drafts for sequence in others)
             self.policy.choose(adaptive, num_others)
@@ -347,6 +352,10 @@ class EngineCore:
                     others.append(sequence)
                 else:
                     sequence.drafts = []
+        if others:
+            self.policy.rest = 0
+        elif not adaptive:
+            self.policy.rest = REST
         width = 2 * self.num_heads
         most = max(1, self.runner.max_step_tokens // max(1, width))
         for first in range(0, len(others), most):

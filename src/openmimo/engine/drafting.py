@@ -14,17 +14,24 @@ from openmimo.engine.sequence import Sequence
 
 # What is believed of a head before anything was measured, and how many measurements that belief weighs.
 FIRST_ACCEPTANCE, ENGINE_WEIGHT, ANSWER_WEIGHT = 0.7, 4, 6
-# Slowest learning rates: of an answer, of an answer on trial, of the engine, of times.
-ANSWER_RATE, TRIAL_RATE, ENGINE_RATE, COST_RATE = 0.05, 0.25, 0.02, 0.1
+# Slowest learning rates: of an answer, of an answer on trial, of the engine.
+ANSWER_RATE, TRIAL_RATE, ENGINE_RATE = 0.05, 0.25, 0.02
+# Learning rate of a time per step since its size was measured last, and the fastest: machines change their speed; an
+# old time must not be compared with a new one.
+COST_RATE, MOST_COST_RATE = 0.1, 0.5
 # Measurements that make a size known, and how far from it, as a factor, they may lie on both sides.
 ENOUGH, NEARBY = 3, 1.6
 # Drafts must promise this much more speed than none.
-MARGIN = 1.01
+MARGIN = 1.02
 # Where no step's time is known, drafts must be right with this probability.
 LIKELY = 0.5
-# Steps between two decisions for the same answers, between two measurements of plain decoding, and in a trial of
-# drafts that are not worth it; such trials may cost this share of the time.
-HOLD, REMEASURE, TRIAL, TRIAL_SHARE = 4, 512, 6, 0.01
+# Steps between two decisions for the same answers, and in a trial of drafts that are not worth it; such trials may cost
+# this share of the time.
+HOLD, TRIAL, TRIAL_SHARE = 4, 6, 0.01
+# Steps between two measurements of plain decoding: few where drafts promise less than CLEAR times its speed.
+REMEASURE, REMEASURE_SOON, CLEAR = 512, 64, 1.25
+# Steps between two decisions while no answer drafts: decisions are not free either.
+REST = 32
 
 
 class CostModel:
@@ -34,21 +41,27 @@ class CostModel:
         self.sizes: list[int] = []
         self.means: list[float] = []
         self.counts: list[int] = []
+        self.measured_at: list[int] = []
+        self.num_observed = 0
 
     def observe(self, size: int, seconds: float) -> None:
         """Take a measurement in. The first few count by their minimum, later ones up to 1.5 times the mean."""
+        self.num_observed += 1
         place = bisect_left(self.sizes, size)
         if place == len(self.sizes) or self.sizes[place] != size:
             self.sizes.insert(place, size)
             self.means.insert(place, seconds)
             self.counts.insert(place, 1)
+            self.measured_at.insert(place, self.num_observed)
             return
         mean = self.means[place]
         self.counts[place] += 1
         if self.counts[place] <= ENOUGH:
             self.means[place] = min(mean, seconds)
         else:
-            self.means[place] = mean + COST_RATE * (min(seconds, 1.5 * mean) - mean)
+            rate = min(COST_RATE * (self.num_observed - self.measured_at[place]), MOST_COST_RATE)
+            self.means[place] = mean + rate * (min(seconds, 1.5 * mean) - mean)
+        self.measured_at[place] = self.num_observed
 
     def knows(self, size: int) -> bool:
         """Whether this size, or sizes close to it on both sides, were measured often enough."""
@@ -56,6 +69,17 @@ class CostModel:
         low = next((self.sizes[i] for i in range(place - 1, -1, -1) if self.counts[i] >= ENOUGH), 0)
         high = next((self.sizes[i] for i in range(place, len(self.sizes)) if self.counts[i] >= ENOUGH), None)
         return high is not None and (high == size or (low * NEARBY >= size and high <= size * NEARBY))
+
+    def rising(self) -> CostModel:
+        """The sizes that are known, none of them slower than a larger one: what was is the noise of a busy machine."""
+        curve = CostModel()
+        for size, mean, count in zip(reversed(self.sizes), reversed(self.means), reversed(self.counts), strict=True):
+            if count >= ENOUGH:
+                curve.sizes.append(size)
+                curve.means.append(min(mean, curve.means[-1]) if curve.means else mean)
+        curve.sizes.reverse()
+        curve.means.reverse()
+        return curve
 
     def seconds(self, size: int) -> float:
         """The expected time; beyond the measured sizes, that of the nearest one. Size 0 takes no time."""
@@ -85,6 +109,7 @@ class DraftPolicy:
         self.num_learned = 0
         self.num_observed = 0
         self.credit = 0.0
+        self.rest = 0
         self._countdown = 0
         self._remeasure = REMEASURE
         self._asked_at = -1
@@ -117,6 +142,7 @@ class DraftPolicy:
         The step feeds `num_others` more tokens.
         """
         self._countdown -= 1
+        self.rest = 0
         same = len(adaptive) == len(self._members) and all(map(operator.is_, adaptive, self._members))
         if same and self._countdown > 0:
             return
@@ -136,6 +162,13 @@ class DraftPolicy:
         else:
             self._choose_best(adaptive, plain)
             self._try_again(adaptive, plain)
+            if self._on_trial is None and not any(sequence.num_drafts for sequence in adaptive):
+                self._countdown, self.rest = 0, REST
+
+    def rests(self) -> bool:
+        """Whether no answer drafts in the next step either, if they are the same as in the last one."""
+        self.rest -= 1
+        return self.rest >= 0
 
     def _go_by_acceptance(self, adaptive: Seq[Sequence]) -> None:
         """Every step feeds prompts too, so none measures decoding: verify drafts that are likely right."""
@@ -155,16 +188,20 @@ class DraftPolicy:
                 worth *= share
                 worths.append((worth, place))
         worths.sort(key=operator.itemgetter(0), reverse=True)
-        expected, best, num_best = float(plain), MARGIN * plain / self.step_cost.seconds(plain), 0
+        step_cost = self.step_cost.rising()
+        fastest = plain / step_cost.seconds(plain)
+        expected, best, num_best = float(plain), MARGIN * fastest, 0
         drafting: set[int] = set()
         for number, (worth, place) in enumerate(worths, 1):
             expected += worth
             drafting.add(place)
-            seconds = self.step_cost.seconds(plain + number) + self.draft_cost.seconds(len(drafting))
+            seconds = step_cost.seconds(plain + number) + self.draft_cost.seconds(len(drafting))
             if expected > best * seconds:
                 best, num_best = expected / seconds, number
         for _, place in worths[:num_best]:
             adaptive[place].num_drafts += 1
+        if num_best and best < CLEAR * fastest:
+            self._remeasure = min(self._remeasure, REMEASURE_SOON)
 
     def _try_again(self, adaptive: Seq[Sequence], plain: int) -> None:
         """If the credit pays for it, let the answer that has gone without drafts for longest draft for a few steps."""

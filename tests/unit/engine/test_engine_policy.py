@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from openmimo.engine.drafting import CostModel, DraftPolicy
+from openmimo.engine.drafting import REST, CostModel, DraftPolicy
 
 
 @dataclass
@@ -105,12 +105,49 @@ def test_without_measurements_likely_drafts_are_verified() -> None:
     assert all(count == [2, 0] for count in counts[4:])
 
 
-def test_costs_between_measured_sizes_lie_between_and_outliers_count_little() -> None:
+def known(times: dict[int, float]) -> CostModel:
     cost = CostModel()
-    for size, seconds in ((4, 2.0), (8, 4.0)):
+    for size, seconds in times.items():
         for _ in range(4):
             cost.observe(size, seconds)
+    return cost
+
+
+def test_costs_between_measured_sizes_lie_between_and_outliers_count_little() -> None:
+    """Catches costs that are made up, and one interrupted step that decides for hundreds of others."""
+    cost = known({8: 4.0, 4: 2.0})
     assert [cost.seconds(size) for size in (0, 1, 4, 5, 8, 20)] == [0.0, 2.0, 2.0, 2.5, 4.0, 4.0]
     assert [cost.knows(size) for size in (3, 4, 5, 6, 8, 9)] == [False, True, True, True, True, False]
     cost.observe(4, 100.0)
     assert cost.seconds(4) == pytest.approx(2.1)
+
+
+def test_an_old_time_gives_way_to_a_new_one() -> None:
+    """Catches plain decoding, measured seldom, that is still believed to be as slow as the machine once was."""
+    cost = known({4: 2.0, 8: 4.0})
+    for _ in range(20):
+        cost.observe(8, 2.0)
+    cost.observe(4, 1.0)
+    assert cost.seconds(4) == pytest.approx(1.5)
+
+
+def test_larger_steps_are_not_believed_to_be_faster() -> None:
+    """Catches drafts that are verified only because the times of two sizes were measured in different moments."""
+    cost = known({4: 2.0, 8: 5.0, 10: 3.0, 16: 6.0})
+    cost.observe(20, 1.0)  # seen once: not known
+    assert [cost.rising().seconds(size) for size in (4, 8, 10, 16)] == [2.0, 3.0, 3.0, 6.0]
+
+
+def test_decisions_rest_while_no_answer_drafts() -> None:
+    """Catches a decision per step that costs as much as the drafts it decides against, and rest that never ends."""
+    policy, answers = DraftPolicy(3), [Answer(acceptance=[0.01] * 3) for _ in range(4)]
+    policy.step_cost, policy.draft_cost = known({4: 1.0, 16: 4.0}), known({4: 0.5})
+    policy.choose(answers, 0)  # type: ignore[arg-type]
+    rests = [policy.rests() for _ in range(REST + 1)]
+    assert rests == [True] * REST + [False]
+    for answer in answers:
+        answer.acceptance = [0.99] * 3
+    policy.step_cost = known({4: 1.0, 16: 1.1})
+    policy.choose(answers, 0)  # type: ignore[arg-type]
+    assert [answer.num_drafts for answer in answers] == [3] * 4
+    assert not policy.rests()
