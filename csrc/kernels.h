@@ -48,6 +48,7 @@ struct Product {
   int64_t out_stride;
   bool accumulate;
   const uint8_t* scales = nullptr;  // one row of PANEL per group of steps: floats for FP8, else bf16
+  int64_t ahead = 0;                // bytes from here to a panel that is needed soon, to be fetched meanwhile; 0 for none
 };
 
 // Whole-number products: a step is four inputs, signed bytes in a row's word and bytes above 128 in the panel, so that

@@ -33,12 +33,14 @@ struct Operand<Format::F32> {
   static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::fma(Isa::set(float_from_bits(word)), b, sum); }
 };
 
-template <Format F, int MR, int NV>
+template <Format F, int MR, int NV, bool FETCH = false>
 inline void dot_steps(Isa::Vec (&sum)[MR][NV], const uint32_t* const (&a)[MR], const uint8_t* b, int64_t stride, int begin,
-                      int end) {
+                      int end, int64_t ahead = 0) {
   using O = Operand<F>;
   for (int step = begin; step < end; ++step, b += stride) {
     typename O::B columns[NV];
+    if constexpr (FETCH)
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(b + ahead + j * Isa::LANES * column_bytes(F));
     for (int j = 0; j < NV; ++j) columns[j] = O::load(b + j * Isa::LANES * column_bytes(F));
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < NV; ++j) sum[i][j] = O::dot(sum[i][j], a[i][step], columns[j]);
@@ -64,7 +66,8 @@ void product_tile(const Product& p, int row, int column) {
   }
   const uint8_t* b = p.panel + column * column_bytes(F);
   if constexpr (group_steps(F) == 0) {
-    dot_steps<F, MR, NV>(sum, a, b, p.stride, 0, p.depth);
+    if (p.ahead != 0 && row == 0) dot_steps<F, MR, NV, true>(sum, a, b, p.stride, 0, p.depth, p.ahead);
+    else dot_steps<F, MR, NV>(sum, a, b, p.stride, 0, p.depth);
   } else {
     const uint8_t* scales = p.scales + column * scale_bytes(F);
     for (int begin = 0; begin < p.depth; begin += group_steps(F), scales += PANEL * scale_bytes(F)) {
@@ -204,10 +207,15 @@ void attention_of(const Attention& t) {
   std::memset(sums, 0, rows * t.v_padded * sizeof(float));
   for (int b = 0; b < t.num_blocks; ++b) {
     const KeyBlock& block = t.blocks[b];
+    // Blocks lie anywhere in memory, so the processor does not see by itself which one comes next.
+    const KeyBlock* next = b + 1 < t.num_blocks && block.num_keys == 1 ? t.blocks + b + 1 : nullptr;
+    const auto ahead = [](const uint32_t* there, const uint32_t* here) {
+      return reinterpret_cast<intptr_t>(there) - reinterpret_cast<intptr_t>(here);
+    };
     for (int s = 0; s < block.num_keys; ++s) {
       const KeySegment& k = block.keys[s];
       product(F, {t.queries, rows, reinterpret_cast<const uint8_t*>(k.words), k.stride * 4, t.qk_words, k.lanes,
-                  scores + k.lane, BLOCK, false, nullptr});
+                  scores + k.lane, BLOCK, false, nullptr, next ? ahead(next->keys[0].words, k.words) : 0});
     }
     for (int i = 0; i < rows; ++i) {
       const auto first = static_cast<int>(t.first[i] - block.position), last = static_cast<int>(t.last[i] - block.position);
@@ -225,7 +233,7 @@ void attention_of(const Attention& t) {
       for (int column = 0; column < t.v_padded; column += PANEL) {
         const int columns = t.v_padded - column < PANEL ? t.v_padded - column : PANEL;
         product(F, {p_rows, rows, reinterpret_cast<const uint8_t*>(v.words + column), t.v_padded * int64_t{4}, v.steps,
-                    columns, sums + column, t.v_padded, true, nullptr});
+                    columns, sums + column, t.v_padded, true, nullptr, next ? ahead(next->values[0].words, v.words) : 0});
       }
     }
   }

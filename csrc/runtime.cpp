@@ -320,16 +320,30 @@ void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
   // With fewer groups than threads their heads are shared out too.
   const auto tasks = static_cast<int>(step.sequences.size()) * g.groups;
   const int parts = std::clamp(pool_.size() / tasks, 1, per_group);
-  int64_t task = 0;
-  for (const Sequence& s : step.sequences)
-    for (int begin = s.query_from; begin < s.count; begin += tile)
-      for (int i = 0; i < g.groups * parts; ++i) {
-        if (task++ % pool_.size() != thread) continue;
-        const int group = i / parts, part = i % parts, first = group * per_group;
-        if (places) place_group(layer, step, s, group);
-        attend(layer, step, s, group, first + per_group * part / parts, first + per_group * (part + 1) / parts, begin,
-               std::min(begin + tile, s.count), thread);
-      }
+  const auto run = [&](const Sequence& s, int begin, int i) {
+    const int group = i / parts, part = i % parts, first = group * per_group;
+    if (places) place_group(layer, step, s, group);
+    attend(layer, step, s, group, first + per_group * part / parts, first + per_group * (part + 1) / parts, begin,
+           std::min(begin + tile, s.count), thread);
+  };
+  if (step.is_short) {
+    for (int64_t task = thread; task < tasks * parts; task += pool_.size()) {
+      // A few tokens' attention takes less time than waiting for what it reads, once no second-level cache holds that.
+      const int64_t next = task + pool_.size();
+      if (step.sequences.size() >= 4 && next < tasks * parts)
+        fetch_lines(cache_start(layer, step.sequences[next / (g.groups * parts)],
+                                static_cast<int>(next % (g.groups * parts) / parts)),
+                    layer.cache.group_words() * static_cast<int64_t>(sizeof(uint32_t)));
+      const Sequence& s = step.sequences[task / (g.groups * parts)];
+      run(s, s.query_from, static_cast<int>(task % (g.groups * parts)));
+    }
+  } else {
+    int64_t task = 0;
+    for (const Sequence& s : step.sequences)
+      for (int begin = s.query_from; begin < s.count; begin += tile)
+        for (int i = 0; i < g.groups * parts; ++i)
+          if (task++ % pool_.size() == thread) run(s, begin, i);
+  }
   if (layer.sliding && step.has_linear) write_kept(layer, step, thread);
   pool_.barrier();
   if (step.num_queries != step.n) {  // MTP heads: only some tokens go on
@@ -340,6 +354,12 @@ void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
   project(layer.o, locals_[thread]->rows.data(), step.num_queries, step.y.data(), step.y_stride, thread);
   pool_.barrier();
   locals_[thread]->pending = Pending::ROWS;
+}
+
+// What `attend` reads first of a group: its ring, or its part of the first page.
+const uint32_t* Runtime::cache_start(const Layer& layer, const Sequence& s, int group) const {
+  const uint32_t* rows = layer.sliding ? rings_.data() + s.row * ring_words_ : pages_.data() + s.pages[0] * page_words_;
+  return rows + layer.offset + group * layer.cache.group_words();
 }
 
 // Tokens begin .. end - 1 of a sequence, heads first_head .. end_head - 1 of one group: softmax over all visible keys.

@@ -140,6 +140,7 @@ class Runtime {
   bool places_itself(const Layer& layer, const Step& step) const;
   void place_group(Layer& layer, Step& step, const Sequence& sequence, int group);
   void attention_phase(Layer& layer, Step& step, int thread);
+  const uint32_t* cache_start(const Layer& layer, const Sequence& sequence, int group) const;
   void attend(Layer& layer, Step& step, const Sequence& sequence, int group, int first_head, int end_head,
               int begin, int end, int thread);
   void write_kept(Layer& layer, Step& step, int thread);
