@@ -35,6 +35,7 @@ struct Isa {
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static bool any_above(Vec x, float y) { return _mm512_cmp_ps_mask(x, set(y), _CMP_GT_OQ) != 0; }
   static float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
   static float reduce_sum(Vec x) { return _mm512_reduce_add_ps(x); }
 

@@ -138,7 +138,7 @@ struct InKernels {
   const Kernels& kernels;
 };
 
-inline int64_t attention_scratch(int64_t rows, int64_t v_padded) { return rows * (2 * BLOCK + v_padded + 4); }
+inline int64_t attention_scratch(int64_t rows, int64_t v_padded) { return rows * (2 * BLOCK + v_padded + 16 + 4); }
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)

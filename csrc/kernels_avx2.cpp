@@ -19,6 +19,7 @@ struct Isa {
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static bool any_above(Vec x, float y) { return _mm256_movemask_ps(_mm256_cmp_ps(x, set(y), _CMP_GT_OQ)) != 0; }
   static float reduce_max(Vec x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));

@@ -1,5 +1,5 @@
 // The kernels, written once over a small vector type `Isa` that the including file defines:
-//   Vec, LANES, REGISTERS; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum
+//   Vec, LANES, REGISTERS; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum, any_above
 //   keep, nearest, scale, store_bf16
 //   Pair (bf16 words ready for a product), pair_of_{bf16,int8,fp8,int4}(ptr), load_bf16(ptr), dot(sum, word, Pair)
 #pragma once
@@ -129,20 +129,33 @@ void product(Format format, const Product& p) {
 
 constexpr float HIDDEN = -1e30f;
 
-// 2^x with a relative error below 2e-7, 0 far below.   Source: the polynomial of Cephes' exp2f
+// 2^x, 0 far below, with a relative error below 2e-7 or, enough for bf16, 3e-6.
+// Source: the polynomial of Cephes' exp2f; the shorter one has the least relative error on -0.5 .. 0.5 (Lawson's iteration)
+constexpr float BF16_EXP2[] = {9.570101968e-3f, 5.591786076e-2f, 2.402474483e-1f, 6.931218147e-1f, 9.999992614e-1f};
+
+template <Arithmetic A>
 inline Isa::Vec exp2_of(Isa::Vec x) {
   const Isa::Vec whole = Isa::nearest(x), f = Isa::sub(x, whole);
-  Isa::Vec p = Isa::set(1.535336188319500e-4f);
-  for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
-                                  2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
-    p = Isa::fma(p, f, Isa::set(coefficient));
+  Isa::Vec p;
+  if constexpr (A == Arithmetic::F32) {
+    p = Isa::set(1.535336188319500e-4f);
+    for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                                    2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+      p = Isa::fma(p, f, Isa::set(coefficient));
+  } else {
+    p = Isa::set(BF16_EXP2[0]);
+    for (int i = 1; i < 5; ++i) p = Isa::fma(p, f, Isa::set(BF16_EXP2[i]));
+  }
   return Isa::scale(p, whole);
 }
 
-// One block of scores becomes probabilities relative to the running maximum; returns the factor for what was summed so far.
-// `scale` includes log2(e), and `top` is in the same units.
+// One block of scores becomes probabilities relative to a reference `top`; returns the factor for what was summed so far.
+// `scale` includes log2(e), and `top` is in the same units. The reference moves only when a score passes it by far: what is
+// summed up may grow by a factor of 2^MOST_ABOVE, and floats do not mind.
+constexpr float MOST_ABOVE = 8.0f;
+
 template <Arithmetic A>
-float softmax_block(const float* scores, int first, int last, float scale, float& top, float& total, uint32_t* words) {
+float softmax_block(const float* scores, int first, int last, float scale, float& top, float* totals, uint32_t* words) {
   constexpr int N = BLOCK / Isa::LANES;
   Isa::Vec p[N];
   for (int i = 0; i < N; ++i) p[i] = Isa::mul(Isa::load(scores + i * Isa::LANES), Isa::set(scale));
@@ -150,21 +163,21 @@ float softmax_block(const float* scores, int first, int last, float scale, float
     for (int i = 0; i < N; ++i) p[i] = Isa::keep(p[i], first - i * Isa::LANES, last - i * Isa::LANES, HIDDEN);
   Isa::Vec most = p[0];
   for (int i = 1; i < N; ++i) most = Isa::max(most, p[i]);
-  const float best = Isa::reduce_max(most);
-  const float now = best > top ? best : top;
-  Isa::Vec sum = Isa::zero();
+  float shrink = 1.0f;
+  Isa::Vec sum = Isa::load(totals);
+  if (Isa::any_above(most, top + MOST_ABOVE)) {
+    const float now = Isa::reduce_max(most);
+    alignas(64) float lanes[Isa::LANES];
+    Isa::store(lanes, exp2_of<A>(Isa::set(top - now)));
+    shrink = lanes[0];
+    sum = Isa::mul(sum, Isa::set(shrink));
+    top = now;
+  }
   for (int i = 0; i < N; ++i) {
-    p[i] = exp2_of(Isa::sub(p[i], Isa::set(now)));
+    p[i] = exp2_of<A>(Isa::sub(p[i], Isa::set(top)));
     sum = Isa::add(sum, p[i]);
   }
-  float shrink = 1.0f;
-  if (now != top) {
-    alignas(64) float lanes[Isa::LANES];
-    Isa::store(lanes, exp2_of(Isa::set(top - now)));
-    shrink = lanes[0];
-  }
-  total = total * shrink + Isa::reduce_sum(sum);
-  top = now;
+  Isa::store(totals, sum);
   for (int i = 0; i < N; i += 2) {
     if constexpr (A == Arithmetic::F32) {
       Isa::store(reinterpret_cast<float*>(words) + i * Isa::LANES, p[i]);
@@ -196,15 +209,16 @@ void attention_of(const Attention& t) {
   float* scores = t.scratch;
   auto* words = reinterpret_cast<uint32_t*>(scores + rows * BLOCK);
   float* sums = scores + rows * 2 * BLOCK;
-  float* top = sums + rows * t.v_padded;
-  float* total = top + rows;
-  auto** p_rows = reinterpret_cast<const uint32_t**>(total + rows);
+  float* totals = sums + rows * t.v_padded;  // lanes apart
+  auto** p_rows = reinterpret_cast<const uint32_t**>(totals + rows * Isa::LANES);
+  float* top = reinterpret_cast<float*>(p_rows + rows);
   constexpr float LOG2E = 1.44269504f;
   for (int i = 0; i < rows; ++i) {
     top[i] = t.sinks ? t.sinks[i] * LOG2E : HIDDEN;
-    total[i] = t.sinks ? 1.0f : 0.0f;
   }
-  std::memset(sums, 0, rows * t.v_padded * sizeof(float));
+  std::memset(sums, 0, rows * (t.v_padded + Isa::LANES) * sizeof(float));
+  if (t.sinks)
+    for (int i = 0; i < rows; ++i) totals[i * Isa::LANES] = 1.0f;
   for (int b = 0; b < t.num_blocks; ++b) {
     const KeyBlock& block = t.blocks[b];
     // Blocks lie anywhere in memory, so the processor does not see by itself which one comes next.
@@ -223,7 +237,8 @@ void attention_of(const Attention& t) {
         std::memset(words + i * BLOCK, 0, BLOCK * sizeof(float));
         continue;
       }
-      const float shrink = softmax_block<A>(scores + i * BLOCK, first, last, t.scale * LOG2E, top[i], total[i], words + i * BLOCK);
+      const float shrink = softmax_block<A>(scores + i * BLOCK, first, last, t.scale * LOG2E, top[i], totals + i * Isa::LANES,
+                                            words + i * BLOCK);
       if (shrink != 1.0f)
         for (int v = 0; v < t.v_padded; ++v) sums[i * t.v_padded + v] *= shrink;
     }
@@ -238,7 +253,7 @@ void attention_of(const Attention& t) {
     }
   }
   for (int i = 0; i < rows; ++i) {
-    const float inverse = 1.0f / total[i];
+    const float inverse = 1.0f / Isa::reduce_sum(Isa::load(totals + i * Isa::LANES));
     float* row = sums + i * t.v_padded;
     for (int v = 0; v < t.v_dim; ++v) row[v] *= inverse;
     write_words<A>(row, t.v_dim, t.out[i]);

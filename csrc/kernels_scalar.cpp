@@ -40,6 +40,11 @@ struct Isa {
     for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
   }
+  static bool any_above(const Vec& x, float y) {
+    bool any = false;
+    for (float v : x.v) any |= v > y;
+    return any;
+  }
   static float reduce_max(const Vec& x) {
     float r = x.v[0];
     for (float v : x.v) r = v > r ? v : r;

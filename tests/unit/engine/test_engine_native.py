@@ -86,7 +86,8 @@ def test_narrow_weights_are_the_rounded_ones(weights: str, kernels: str, monkeyp
     # The rounded values need more than bf16 after scaling, so the twin computes in fp32: only activations differ.
     twin, _ = feed(make_runner(model), tokens, [TOKENS])
     exact, _ = feed(make_runner(random_model(config)), tokens, [TOKENS])
-    assert kl(twin, narrow) < 0.02 * kl(exact, narrow) + 2e-4
+    # Rounding activations to bf16 alone costs 1e-4 to 5e-4 here, depending on the model's seed.
+    assert kl(twin, narrow) < 0.02 * kl(exact, narrow) + 5e-4
 
 
 def kl(expected: np.ndarray, got: np.ndarray) -> float:
