@@ -38,6 +38,9 @@ Buffer<T>::Buffer(int64_t count) : size_(count) {
   if (bytes >= MAPPED_BYTES) {
     memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // caches are read block by block from everywhere
+#endif
   }
 #endif
   if (memory == nullptr) {

@@ -92,8 +92,10 @@ def bench_decode(
             steps = WARM_STEPS + num_steps
             plan = [random_tokens(rng, config.vocab_size, steps, batch) for _ in range(rounds + 1)]
             arms = {name: _decode_arm(target, prompts, plan) for name, target in targets.items()}
+            middle = context + steps - num_steps // 2
+            limits.decode_tokens_per_s(batch, middle)  # memory is measured before and after
             seconds = reported_in_turns(arms, rounds)
-            limit = limits.decode_tokens_per_s(batch, context + steps - num_steps // 2)
+            limit = limits.decode_tokens_per_s(batch, middle)
             rows += _rows(targets, f"batch {batch}, context {context}", seconds, batch * num_steps, limit)
     return rows
 
