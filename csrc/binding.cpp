@@ -186,6 +186,10 @@ NB_MODULE(_native, m) {
       .def("set_activations", [](RuntimeConfig& c, const std::string& name) {
         require(name == "auto" || name == "int8", "activations must be auto or int8, got " + name);
         c.int8_activations = name == "int8";
+      })
+      .def("set_cache", [](RuntimeConfig& c, const std::string& name) {
+        require(name == "auto" || name == "int8", "cache must be auto or int8, got " + name);
+        c.int8_cache = name == "int8";
       });
 
   nb::class_<Runtime>(m, "Runtime")

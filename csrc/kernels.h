@@ -77,15 +77,18 @@ struct IntegerProduct {
   const uint16_t* block_scales;  // bf16, from the block of `begin` on one row of PANEL per block; or null
 };
 
-// Keys and values of (part of) one block. Scores of lanes that no segment covers are not used.
+// Keys and values of (part of) one block. Scores of lanes that no segment covers are not used. With `narrow` attention a word
+// is two signed bytes, and each position has a scale for its key and one for its value.
 struct KeySegment {
-  const uint32_t* words;  // (QK words, stride) with `lanes` keys side by side
+  const uint8_t* words;  // QK rows of words, `stride` bytes apart, with `lanes` keys side by side
   int64_t stride;
   int lane, lanes;  // multiples of 16
+  const float* scales;
 };
 struct ValueSegment {
-  const uint32_t* words;  // (steps, padded V dim)
+  const uint8_t* words;  // (steps, padded V dim)
   int step, steps;
+  const float* scales;
 };
 struct KeyBlock {
   int64_t position;  // of lane 0
@@ -104,6 +107,7 @@ struct Attention {
   const KeyBlock* blocks;
   int num_blocks;
   int qk_words, v_dim, v_padded;
+  bool narrow;
   float scale;
   float* scratch;              // attention_scratch(num_rows, v_padded) floats
   uint32_t* const* out;        // one row of words_for(v_dim) words per query row

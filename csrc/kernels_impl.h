@@ -154,11 +154,20 @@ inline Isa::Vec exp2_of(Isa::Vec x) {
 // summed up may grow by a factor of 2^MOST_ABOVE, and floats do not mind.
 constexpr float MOST_ABOVE = 8.0f;
 
-template <Arithmetic A>
-float softmax_block(const float* scores, int first, int last, float scale, float& top, float* totals, uint32_t* words) {
+//
+// With scales, those of keys apply to the scores and those of values to the probabilities: a factor per position either way.
+struct Scales {
+  alignas(64) float keys[BLOCK] = {}, values[BLOCK] = {};
+};
+
+template <Arithmetic A, bool NARROW>
+float softmax_block(const float* scores, int first, int last, float scale, float& top, float* totals, uint32_t* words,
+                    const Scales& scales) {
   constexpr int N = BLOCK / Isa::LANES;
   Isa::Vec p[N];
   for (int i = 0; i < N; ++i) p[i] = Isa::mul(Isa::load(scores + i * Isa::LANES), Isa::set(scale));
+  if constexpr (NARROW)
+    for (int i = 0; i < N; ++i) p[i] = Isa::mul(p[i], Isa::load(scales.keys + i * Isa::LANES));
   if (first > 0 || last < BLOCK - 1)
     for (int i = 0; i < N; ++i) p[i] = Isa::keep(p[i], first - i * Isa::LANES, last - i * Isa::LANES, HIDDEN);
   Isa::Vec most = p[0];
@@ -178,6 +187,8 @@ float softmax_block(const float* scores, int first, int last, float scale, float
     sum = Isa::add(sum, p[i]);
   }
   Isa::store(totals, sum);
+  if constexpr (NARROW)
+    for (int i = 0; i < N; ++i) p[i] = Isa::mul(p[i], Isa::load(scales.values + i * Isa::LANES));
   for (int i = 0; i < N; i += 2) {
     if constexpr (A == Arithmetic::F32) {
       Isa::store(reinterpret_cast<float*>(words) + i * Isa::LANES, p[i]);
@@ -202,9 +213,10 @@ void write_words(const float* x, int count, uint32_t* out) {
   }
 }
 
-template <Arithmetic A>
+template <Arithmetic A, bool NARROW>
 void attention_of(const Attention& t) {
-  constexpr Format F = A == Arithmetic::F32 ? Format::F32 : Format::BF16;
+  constexpr Format F = A == Arithmetic::F32 ? Format::F32 : NARROW ? Format::INT8 : Format::BF16;
+  constexpr int PER_WORD = A == Arithmetic::F32 ? 1 : 2;
   const int rows = t.num_rows;
   float* scores = t.scratch;
   auto* words = reinterpret_cast<uint32_t*>(scores + rows * BLOCK);
@@ -219,17 +231,25 @@ void attention_of(const Attention& t) {
   std::memset(sums, 0, rows * (t.v_padded + Isa::LANES) * sizeof(float));
   if (t.sinks)
     for (int i = 0; i < rows; ++i) totals[i * Isa::LANES] = 1.0f;
+  Scales scales;
   for (int b = 0; b < t.num_blocks; ++b) {
     const KeyBlock& block = t.blocks[b];
     // Blocks lie anywhere in memory, so the processor does not see by itself which one comes next.
     const KeyBlock* next = b + 1 < t.num_blocks && block.num_keys == 1 ? t.blocks + b + 1 : nullptr;
-    const auto ahead = [](const uint32_t* there, const uint32_t* here) {
+    const auto ahead = [](const uint8_t* there, const uint8_t* here) {
       return reinterpret_cast<intptr_t>(there) - reinterpret_cast<intptr_t>(here);
     };
+    if constexpr (NARROW) {
+      for (int s = 0; s < block.num_keys; ++s)
+        std::memcpy(scales.keys + block.keys[s].lane, block.keys[s].scales, block.keys[s].lanes * sizeof(float));
+      for (int s = 0; s < block.num_values; ++s)
+        std::memcpy(scales.values + PER_WORD * block.values[s].step, block.values[s].scales,
+                    PER_WORD * block.values[s].steps * sizeof(float));
+    }
     for (int s = 0; s < block.num_keys; ++s) {
       const KeySegment& k = block.keys[s];
-      product(F, {t.queries, rows, reinterpret_cast<const uint8_t*>(k.words), k.stride * 4, t.qk_words, k.lanes,
-                  scores + k.lane, BLOCK, false, nullptr, next ? ahead(next->keys[0].words, k.words) : 0});
+      product(F, {t.queries, rows, k.words, k.stride, t.qk_words, k.lanes, scores + k.lane, BLOCK,
+                  false, nullptr, next ? ahead(next->keys[0].words, k.words) : 0});
     }
     for (int i = 0; i < rows; ++i) {
       const auto first = static_cast<int>(t.first[i] - block.position), last = static_cast<int>(t.last[i] - block.position);
@@ -237,8 +257,8 @@ void attention_of(const Attention& t) {
         std::memset(words + i * BLOCK, 0, BLOCK * sizeof(float));
         continue;
       }
-      const float shrink = softmax_block<A>(scores + i * BLOCK, first, last, t.scale * LOG2E, top[i], totals + i * Isa::LANES,
-                                            words + i * BLOCK);
+      const float shrink = softmax_block<A, NARROW>(scores + i * BLOCK, first, last, t.scale * LOG2E, top[i],
+                                                    totals + i * Isa::LANES, words + i * BLOCK, scales);
       if (shrink != 1.0f)
         for (int v = 0; v < t.v_padded; ++v) sums[i * t.v_padded + v] *= shrink;
     }
@@ -247,7 +267,7 @@ void attention_of(const Attention& t) {
       for (int i = 0; i < rows; ++i) p_rows[i] = words + i * BLOCK + v.step;
       for (int column = 0; column < t.v_padded; column += PANEL) {
         const int columns = t.v_padded - column < PANEL ? t.v_padded - column : PANEL;
-        product(F, {p_rows, rows, reinterpret_cast<const uint8_t*>(v.words + column), t.v_padded * int64_t{4}, v.steps,
+        product(F, {p_rows, rows, v.words + column * int64_t{column_bytes(F)}, t.v_padded * int64_t{column_bytes(F)}, v.steps,
                     columns, sums + column, t.v_padded, true, nullptr, next ? ahead(next->values[0].words, v.words) : 0});
       }
     }
@@ -261,8 +281,9 @@ void attention_of(const Attention& t) {
 }
 
 void attention(Arithmetic a, const Attention& t) {
-  if (a == Arithmetic::F32) attention_of<Arithmetic::F32>(t);
-  else attention_of<Arithmetic::BF16>(t);
+  if (a == Arithmetic::F32) attention_of<Arithmetic::F32, false>(t);
+  else if (t.narrow) attention_of<Arithmetic::BF16, true>(t);
+  else attention_of<Arithmetic::BF16, false>(t);
 }
 
 void norm(Arithmetic a, const float* x, const float* weight, int64_t dim, float eps, uint32_t* out) {

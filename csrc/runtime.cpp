@@ -17,6 +17,7 @@ Runtime::Runtime(RuntimeConfig config)
     throw std::invalid_argument("fp32 arithmetic needs fp32 weights, and bf16 arithmetic bf16 or int8 weights");
   if (c.int8_activations && c.format != Format::INT8 && c.format != Format::INT8_BLOCK)
     throw std::invalid_argument("activations=\"int8\" needs weights=\"int8\" or \"int8_block\"");
+  if (c.int8_cache && !packed) throw std::invalid_argument("cache=\"int8\" needs bf16 arithmetic, not weights=\"float32\"");
   if (packed && (c.hidden % 2 || c.global.v % 2 || c.sliding.v % 2))
     throw std::invalid_argument("bf16 arithmetic needs even hidden and V sizes; use weights=\"float32\"");
   if (std::max({c.global.qk, c.sliding.qk, c.global.v, c.sliding.v}) > 1024)
@@ -32,6 +33,7 @@ Runtime::Runtime(RuntimeConfig config)
     if (layer->moe) layer->sparse_index = sparse++;
     const Geometry& g = layer->sliding ? c.sliding : c.global;
     layer->cache.arithmetic = c.arithmetic;
+    layer->cache.int8 = c.int8_cache;
     layer->cache.qk_words = static_cast<int>(words_for(c.arithmetic, g.qk));
     layer->cache.v_padded = static_cast<int>(round_up(g.v, 16));
     layer->cache.groups = g.groups;
@@ -65,6 +67,12 @@ const Geometry& Runtime::geometry(const Layer& layer) const {
 
 Runtime::Local& Runtime::local(const Step& step, int thread) {
   return step.replicated ? *locals_[thread] : *locals_.back();
+}
+
+CacheShape Runtime::sliding_shape() const {
+  for (const auto& layer : layers_)
+    if (layer->sliding) return layer->cache;
+  return {};
 }
 
 Store Runtime::ring(const Layer& layer, int row, int group) {
@@ -127,7 +135,7 @@ void Runtime::prepare(Step& step, const std::vector<Sequence>& sequences) {
     step.is_short &= s.count <= 1 + config_.mtp_heads && s.query_from < s.count && s.count <= short_tokens_;
   step.replicated = step.n <= std::max<int64_t>(4, 4096 / config_.hidden);
   for (auto& l : locals_) l->pending = Pending::NONE;
-  if (step.has_linear) step.reserve_linear(linear_slots, config_);
+  if (step.has_linear) step.reserve_linear(linear_slots, sliding_shape());
   ensure_angles(most);
 }
 
@@ -400,7 +408,7 @@ void Runtime::attend(Layer& layer, Step& step, const Sequence& s, int group, int
   kernels_.attention(config_.arithmetic,
                      {mine.query_rows.data(), rows, mine.first.data(), mine.last.data(),
                       g.sink ? mine.sinks.data() : nullptr, mine.blocks.data(),
-                      static_cast<int>(mine.blocks.size()), shape.qk_words, g.v, shape.v_padded,
+                      static_cast<int>(mine.blocks.size()), shape.qk_words, g.v, shape.v_padded, shape.int8,
                       1.0f / std::sqrt(static_cast<float>(g.qk)), mine.attention.data(), mine.out_rows.data()});
 }
 
@@ -425,23 +433,29 @@ void Runtime::ring_blocks(const Store& ring, int64_t first, int64_t last, int v_
       copy.add_to(b, from, from, to - from);
     } else {
       const int whole = until_end / 16 * 16, next = std::min(whole == until_end ? whole : whole + 16, to - from);
-      if (whole > 0) b.keys[b.num_keys++] = {ring.keys() + slot, slots, from, whole};
+      if (whole > 0) ring.add_keys_to(b, slot, from, whole);
       if (next > whole) {
-        uint32_t* copy = mine.straddling.data() + used;
-        used += ring.shape.qk_words * int64_t{16};
-        const int before = until_end - whole;  // lanes before the ring's end, the others follow from its start
-        for (int w = 0; w < ring.shape.qk_words; ++w) {
-          const uint32_t* word = ring.keys() + static_cast<int64_t>(w) * slots;
-          std::memcpy(copy + w * 16, word + slot + whole, before * sizeof(uint32_t));
-          std::memcpy(copy + w * 16 + before, word, (16 - before) * sizeof(uint32_t));
+        // Lanes before the ring's end, the others follow from its start: one store of sixteen.
+        CacheShape shape = ring.shape;
+        shape.slots = 16;
+        const Store copy(shape, mine.straddling.data() + used, 0);
+        used += shape.group_words();
+        const int before = until_end - whole, bytes = shape.word_bytes();
+        for (int w = 0; w < shape.qk_words; ++w) {
+          const uint8_t* row = ring.key(0) + w * ring.key_stride();
+          uint8_t* to_row = copy.key(0) + w * copy.key_stride();
+          std::memcpy(to_row, row + (slot + whole) * bytes, before * bytes);
+          std::memcpy(to_row + before * bytes, row, (16 - before) * bytes);
         }
-        b.keys[b.num_keys++] = {copy, 16, from + whole, 16};
+        if (shape.int8) {
+          std::memcpy(copy.key_scales(0), ring.key_scales(slot + whole), before * sizeof(float));
+          std::memcpy(copy.key_scales(before), ring.key_scales(0), (16 - before) * sizeof(float));
+        }
+        copy.add_keys_to(b, 0, from + whole, 16);
       }
-      if (to - from > next) b.keys[b.num_keys++] = {ring.keys() + (slot + next) % slots, slots, from + next, to - from - next};
-      const int per = ring.shape.per_word();
-      b.values[b.num_values++] = {ring.values() + static_cast<int64_t>(slot / per) * ring.shape.v_padded, from / per,
-                                  until_end / per};
-      b.values[b.num_values++] = {ring.values(), (from + until_end) / per, (to - from - until_end) / per};
+      if (to - from > next) ring.add_keys_to(b, (slot + next) % slots, from + next, to - from - next);
+      ring.add_values_to(b, slot, from, until_end);
+      ring.add_values_to(b, 0, from + until_end, to - from - until_end);
     }
     mine.blocks.push_back(b);
   }

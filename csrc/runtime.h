@@ -37,6 +37,7 @@ struct RuntimeConfig {
   Arithmetic arithmetic = Arithmetic::BF16;
   Format format = Format::BF16;
   bool int8_activations = false;  // of all products but the down projections
+  bool int8_cache = false;
   int num_rows = 1, num_pages = 0, max_step_tokens = 512, threads = 1;
   std::string kernels;
 };
@@ -146,6 +147,7 @@ class Runtime {
   void write_kept(Layer& layer, Step& step, int thread);
   void ring_blocks(const Store& ring, int64_t first, int64_t last, int v_dim, Local& mine);
   void feed_forward(Layer& layer, Step& step, int thread);
+  CacheShape sliding_shape() const;  // of any sliding layer or head
   Store ring(const Layer& layer, int row, int group);
   void gate_up_tile(const Matrix& matrix, int64_t panel, const uint32_t* const* rows, int64_t num_rows, int64_t width,
                     uint32_t* out, int64_t out_stride, Local& mine);

@@ -83,15 +83,16 @@ struct Runtime::Step {
     return replicated ? std::pair<int64_t, int64_t>{0, num_queries} : share(num_queries, thread, threads);
   }
 
-  void reserve_linear(int64_t slots, const RuntimeConfig& c) {
-    const int64_t per_slot = c.sliding.groups * (words_for(c.arithmetic, c.sliding.qk) + round_up(c.sliding.v, 16));
-    if (linear_words.size() < slots * per_slot) linear_words = Buffer<uint32_t>(slots * per_slot * 5 / 4);
+  // The stretch of keys that a long sequence attends to in sliding layers; stretches lie behind each other.
+  void reserve_linear(int64_t slots, CacheShape shape) {
+    shape.slots = static_cast<int>(slots);
+    if (linear_words.size() < shape.words()) linear_words = Buffer<uint32_t>(shape.words() * 5 / 4);
   }
-  // The stretch of keys that a long sequence attends to in sliding layers.
   Store linear(const Sequence& s, CacheShape shape, int group) {
-    const int64_t per_slot = shape.groups * (shape.qk_words + shape.v_padded / shape.per_word());
+    shape.slots = static_cast<int>(s.linear_offset);
+    uint32_t* start = linear_words.data() + shape.words();
     shape.slots = s.linear_slots;
-    return {shape, linear_words.data() + s.linear_offset * per_slot, group};
+    return {shape, start, group};
   }
   // Keep only the rows that need an output.
   void compact(float* x, int64_t dim) const {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openmimo.cli.engine_options import Activations, DraftHeads, ModelFolder, RunnerName, Verify, Weights
+from openmimo.cli.engine_options import Activations, CacheFormat, DraftHeads, ModelFolder, RunnerName, Verify, Weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,7 @@ def chat_command(
     draft_heads: DraftHeads = "auto",
     weights: Weights = "bf16",
     activations: Activations = "auto",
+    cache: CacheFormat = "auto",
     runner: RunnerName = "auto",
     verify: Verify = False,
 ) -> None:
@@ -47,6 +48,7 @@ def chat_command(
         draft_heads=heads,
         weights=weights,
         activations=activations,
+        cache=cache,
         runner=runner,
         verify=verify,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openmimo.cli.engine_options import Activations, DraftHeads, ModelFolder, RunnerName, Verify, Weights
+from openmimo.cli.engine_options import Activations, CacheFormat, DraftHeads, ModelFolder, RunnerName, Verify, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +28,7 @@ def eval_command(
     draft_heads: DraftHeads = "auto",
     weights: Weights = "bf16",
     activations: Activations = "auto",
+    cache: CacheFormat = "auto",
     runner: RunnerName = "auto",
     verify: Verify = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
@@ -45,6 +46,7 @@ def eval_command(
         draft_heads=heads,
         weights=weights,
         activations=activations,
+        cache=cache,
         runner=runner,
         verify=verify,
         max_batch=max_batch,

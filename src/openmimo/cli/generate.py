@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openmimo.cli.engine_options import Activations, DraftHeads, ModelFolder, RunnerName, Verify, Weights
+from openmimo.cli.engine_options import Activations, CacheFormat, DraftHeads, ModelFolder, RunnerName, Verify, Weights
 
 
 def generate_command(
@@ -21,6 +21,7 @@ def generate_command(
     draft_heads: DraftHeads = "auto",
     weights: Weights = "bf16",
     activations: Activations = "auto",
+    cache: CacheFormat = "auto",
     runner: RunnerName = "auto",
     verify: Verify = False,
 ) -> None:
@@ -37,6 +38,7 @@ def generate_command(
         draft_heads=heads,
         weights=weights,
         activations=activations,
+        cache=cache,
         runner=runner,
         verify=verify,
     )

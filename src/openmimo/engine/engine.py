@@ -34,6 +34,7 @@ class Engine:
     `runner` is "native" (C++), "torch", or "auto": native where its extension is installed. `weights` is the format of
     the weights in memory, one of the runner's; a model given as an object keeps its own in the torch runner.
     `activations` "int8" lets the native runner multiply 8-bit weights in whole numbers: faster, less exact.
+    `cache` "int8" keeps keys and values in 8 bits there, in about half the memory.
     At most `max_batch` answers are written at once; a step feeds at most `step_tokens` tokens, of prompts at most
     `chunk_tokens`. `cache_tokens` positions of global layers are kept, by default as many as answers and prefix cache
     could use, within 1 GiB. `prefix_cache_bytes` is the limit of the prefix cache, 0 for none; it takes copies at the
@@ -50,6 +51,7 @@ class Engine:
         runner: str = "auto",
         weights: str = "bf16",
         activations: str = "auto",
+        cache: str = "auto",
         draft_heads: int | str = "auto",
         verify: bool = False,
         max_batch: int = 32,
@@ -64,6 +66,7 @@ class Engine:
             kind=runner,
             weights=weights,
             activations=activations,
+            cache=cache,
             verify=verify,
             max_batch=max_batch,
             step_tokens=step_tokens,

@@ -32,6 +32,7 @@ class RunnerOptions:
     kind: str
     weights: str
     activations: str = "auto"
+    cache: str = "auto"
     verify: bool
     max_batch: int
     step_tokens: int
@@ -55,8 +56,9 @@ class RunnerOptions:
             return -(-self.cache_tokens // PAGE_TOKENS)
         full = config.global_attention
         layers = sum(kind is AttentionKind.GLOBAL for kind in config.layer_kinds)
-        values = layers * PAGE_TOKENS * full.num_kv_heads * (full.qk_head_dim + full.v_head_dim)
-        page_bytes = max(1, values * (4 if self.weights == "float32" else 2))
+        value_bytes = 1 if self.cache == "int8" else 4 if self.weights == "float32" else 2
+        per_token = full.num_kv_heads * (full.qk_head_dim + full.v_head_dim) * value_bytes
+        page_bytes = max(1, layers * PAGE_TOKENS * per_token)
         useful = self.max_batch * -(-config.max_positions // PAGE_TOKENS) + self.prefix_cache_bytes // page_bytes
         return max(1, min(useful, DEFAULT_PAGE_BYTES // page_bytes))
 
@@ -106,6 +108,7 @@ def _open_native(source: Path | MiMoModel, options: RunnerOptions) -> Runner | N
         source,
         weights=options.weights,
         activations=options.activations,
+        cache=options.cache,
         num_rows=options.max_batch,
         num_pages=options.num_pages(config),
         max_step_tokens=options.step_tokens,
@@ -121,8 +124,9 @@ def _open_torch(source: Path | MiMoModel, options: RunnerOptions) -> Runner:
     from openmimo.engine.torch_runner import TorchRunner
     from openmimo.model import cast_model
 
-    if options.activations != "auto":
-        raise RequestError(f"activations={options.activations!r} needs the native runner; leave it out")
+    for name, value in (("activations", options.activations), ("cache", options.cache)):
+        if value != "auto":
+            raise RequestError(f"{name}={value!r} needs the native runner; leave it out")
     if isinstance(source, Path):
         if options.weights not in TORCH_WEIGHTS:
             hint = nearest(options.weights, TORCH_WEIGHTS)

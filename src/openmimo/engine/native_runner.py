@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 WEIGHTS = ("float32", "bf16", "int8", "int8_block", "fp8", "int4")
 # "auto": what weights are multiplied with is fp32 with float32 weights, else bf16.
 ACTIVATIONS = ("auto", "int8")
+# "auto": keys and values are kept as they are multiplied, fp32 with float32 weights, else bf16.
+CACHES = ("auto", "int8")
 # Names a kernel table, such as "scalar" or "avx2", instead of the fastest that works here.
 KERNELS_VARIABLE = "OPENMIMO_CPU"
 # Packing fewer bytes than this takes a moment each time; more are packed once, into a file.
@@ -78,7 +80,8 @@ class NativeRunner:
     `weights` is float32, or with bf16 arithmetic bf16, int8 (one scale per output), int8_block (one per output and 32
     inputs), fp8 (E4M3, 128 x 128 blocks) or int4 (one scale per output and 32 inputs). `activations` "int8" rounds what
     8-bit weights are multiplied with to 8 bits, one scale per token and 32 inputs, and multiplies in whole numbers;
-    down projections and routers stay as they are.
+    down projections and routers stay as they are. `cache` "int8" keeps keys and values in 8 bits, one scale per
+    position and key/value head for each, in about half the memory.
     A model's weights are packed in memory. Those of a folder are packed tensor by tensor, and when they have
     `packed_file_bytes` or more, once and for all into a file of the user's cache folder, which is mapped: it may be
     larger than memory. Opening it looks at samples only; `verify` checks the folder's manifest and packs anew.
@@ -92,6 +95,7 @@ class NativeRunner:
         *,
         weights: str = "bf16",
         activations: str = "auto",
+        cache: str = "auto",
         num_rows: int = 32,
         num_pages: int = 1024,
         max_step_tokens: int = 512,
@@ -104,10 +108,13 @@ class NativeRunner:
             raise RequestError(f"weights={weights!r} is not a format of the native runner; {nearest(weights, WEIGHTS)}")
         if activations not in ACTIVATIONS:
             raise RequestError(f"activations={activations!r} is no format; {nearest(activations, ACTIVATIONS)}")
+        if cache not in CACHES:
+            raise RequestError(f"cache={cache!r} is no format; {nearest(cache, CACHES)}")
         self.config = read_model_config(source) if isinstance(source, Path) else source.config
         self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
         settings = _settings(native, self.config, weights)
         settings.set_activations(activations)
+        settings.set_cache(cache)
         settings.num_rows, settings.num_pages, settings.max_step_tokens = num_rows, num_pages, max_step_tokens
         settings.threads = threads or default_threads()
         settings.kernels = os.environ.get(KERNELS_VARIABLE, "")
