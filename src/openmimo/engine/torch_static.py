@@ -264,7 +264,7 @@ class _Capture:
                     function(*tensors)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 function(*tensors)
             self._pool = graph.pool()
         return graph.replay
@@ -288,7 +288,7 @@ class _Buffer:
         if self.device is not self.host:
             self.device[:count].copy_(self.host[:count], non_blocking=True)
         if self._sent is not None:
-            self._sent.record()
+            self._sent.record(torch.cuda.current_stream(self.device.device))
 
 
 class _Program:
