@@ -34,10 +34,13 @@ std::vector<const Kernels*> available_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       found.push_back(&kernels_avx512);
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
-        found.push_back(&kernels_amx_emulated);
-        found.push_back(&kernels_avx512_bf16);
-        if (amx_granted()) found.push_back(&kernels_amx);
+      if (__builtin_cpu_supports("avx512vnni")) {
+        found.push_back(&kernels_avx512_vnni);
+        if (__builtin_cpu_supports("avx512bf16")) {
+          found.push_back(&kernels_amx_emulated);
+          found.push_back(&kernels_avx512_bf16);
+          if (amx_granted()) found.push_back(&kernels_amx);
+        }
       }
     }
   }

@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL): bf16 words by the dot instruction where the file is compiled for it, else by two products.
+// AVX-512 (F, BW, DQ, VL): bf16 words by the dot instruction where the file is compiled for it, else by two products;
+// whole numbers likewise (VNNI).
 #pragma once
 
 #include <immintrin.h>

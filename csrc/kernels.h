@@ -148,6 +148,7 @@ extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_vnni;  // whole numbers by VNNI; for processors without BF16
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;           // bf16 products in tiles
 extern const Kernels kernels_amx_emulated;  // the same with tiles in software, for tests; needs AVX-512 BF16

@@ -1,4 +1,4 @@
-"""Careful file access: reads that are whole or an error, and folders that appear whole or not at all."""
+"""Careful file access: plain names, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,26 +10,12 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from openmimo.errors import CheckpointError
 
 _CURRENT_FOLDER = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-
-
-def read_exactly(file: BinaryIO, buffer: memoryview, *, what: str) -> None:
-    """Fill `buffer` from the file's position. Raises: CheckpointError when the file ends early or cannot be read."""
-    done = 0
-    while done < len(buffer):
-        try:
-            count = cast("int", file.readinto(buffer[done:]))  # type: ignore[attr-defined]  # raw files have it
-        except OSError as error:
-            raise CheckpointError(f"cannot read {what}: {error}; copy the file again") from error
-        if not count:
-            raise CheckpointError(f"{what} ends after {done} of {len(buffer)} bytes; copy the file again")
-        done += count
 
 
 def is_plain_name(name: str) -> bool:

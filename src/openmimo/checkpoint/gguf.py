@@ -17,9 +17,10 @@ from torch import Tensor
 from openmimo.checkpoint.convert import CheckpointSource
 from openmimo.checkpoint.gguf_file import BLOCK, GgufFormat, GgufTensor, GgufValue, write_gguf_file
 from openmimo.checkpoint.load import open_checkpoint
-from openmimo.checkpoint.names import HubTensor, hub_tensors, mtp_head_index
+from openmimo.checkpoint.names import HubTensor, hub_tensors
 from openmimo.checkpoint.save import ModelSource, TensorSource
 from openmimo.config.model import AttentionKind, ModelConfig
+from openmimo.config.tensor_names import mtp_head_index
 from openmimo.errors import CheckpointError, ConfigError, nearest
 from openmimo.model.model import MiMoModel
 from openmimo.text import Tokenizer

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from openmimo.checkpoint.coverage import check_coverage
 from openmimo.checkpoint.manifest import verify_manifest
-from openmimo.checkpoint.names import HubTensor, mtp_head_index
+from openmimo.checkpoint.names import HubTensor
 from openmimo.checkpoint.reader import CheckpointReader
 from openmimo.config.model import ModelConfig
+from openmimo.config.tensor_names import NO_HEADS, with_present_mtp_heads
 from openmimo.errors import CheckpointError, nearest
 from openmimo.model.model import MiMoModel
 
@@ -68,7 +69,9 @@ def open_checkpoint(folder: Path, *, verify: bool = False) -> Generator[OpenChec
         unlisted = [name for name in reader.file_names if records is not None and name not in records]
         if unlisted:
             raise CheckpointError(f"manifest.json of {str(folder)!r} does not list {unlisted}; save the folder again")
-        config = _with_present_mtp_heads(reader.config_file.model, reader)
+        config = with_present_mtp_heads(reader.config_file.model, reader.names)
+        if config.num_mtp_heads < reader.config_file.model.num_mtp_heads:
+            _log.warning(NO_HEADS, folder)
         report = check_coverage(reader, config)
         if not report.complete:
             raise CheckpointError(
@@ -79,16 +82,6 @@ def open_checkpoint(folder: Path, *, verify: bool = False) -> Generator[OpenChec
         if keys:
             reader.log_grid(keys[0], config)
         yield OpenCheckpoint(config, report.loaded, reader)
-
-
-def _with_present_mtp_heads(config: ModelConfig, reader: CheckpointReader) -> ModelConfig:
-    """Take the number of MTP heads from the files where the configuration cannot know it."""
-    present = {index for index in map(mtp_head_index, reader.names) if index is not None}
-    if not present and config.num_mtp_heads:
-        _log.warning("%s holds no MTP heads; loading the model without them", reader.folder)
-        return config.replace(num_mtp_heads=0)
-    # transformers drops the number of heads from its config.json; gaps in their numbers show up as missing tensors.
-    return config if config.num_mtp_heads else config.replace(num_mtp_heads=len(present))
 
 
 class _NoInitialization(TorchFunctionMode):

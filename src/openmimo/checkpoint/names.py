@@ -6,16 +6,15 @@ use the same tensor names (its writer reverses its own renames); its in-memory n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from openmimo.config.model import AttentionKind, ModelConfig
+from openmimo.config.tensor_names import MTP_PREFIX
 
 SCALE_SUFFIX = "_scale_inv"
-MTP_PREFIX = "model.mtp.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +71,6 @@ def pair_of(config: ModelConfig, tensor: HubTensor) -> HubTensor:
     """The V of a global layer's K, and the other way round."""
     prefixes = (name.rsplit(".", 2)[0] for name in (tensor.name, tensor.target))
     return next(other for other in _attention(config, AttentionKind.GLOBAL, *prefixes) if other.name == tensor.pair)
-
-
-def mtp_head_index(name: str) -> int | None:
-    """The MTP head that a Hub tensor name belongs to, or None."""
-    match = re.match(re.escape(MTP_PREFIX) + r"([0-9]{1,8})\.", name)
-    return int(match.group(1)) if match else None
 
 
 def _main_layer(config: ModelConfig, layer: int) -> Iterator[HubTensor]:

@@ -27,12 +27,9 @@ from openmimo.checkpoint.names import SCALE_SUFFIX, HubTensor
 from openmimo.checkpoint.safetensors_io import SafetensorsFile, TensorEntry
 from openmimo.config.io import CONFIG_NAME, read_config_file
 from openmimo.config.model import ModelConfig
-from openmimo.config.strict_json import as_object, read_json_object
+from openmimo.config.tensor_names import INDEX_NAME, SINGLE_NAME, read_weight_map
 from openmimo.errors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-_MAX_INDEX_BYTES = 100_000_000
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -174,14 +171,9 @@ class CheckpointReader:
 
 def _read_weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file name from the index; None for a folder with one file and no index."""
-    if not (folder / INDEX_NAME).exists():
-        if not (folder / SINGLE_NAME).exists():
-            raise CheckpointError(
-                f"{str(folder)!r} has neither {INDEX_NAME} nor {SINGLE_NAME}; is it a checkpoint folder?"
-            )
+    weight_map = read_weight_map(folder)
+    if weight_map is None:
         return None
-    index = read_json_object(folder / INDEX_NAME, max_bytes=_MAX_INDEX_BYTES)
-    weight_map = as_object(index.get("weight_map"), what=f"weight_map in {folder / INDEX_NAME}")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not is_plain_name(file_name):
             raise CheckpointError(

@@ -19,13 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from openmimo.checkpoint.files import read_exactly
 from openmimo.checkpoint.manifest import HashingFile
-from openmimo.config.strict_json import as_object, open_regular, parse_json_object
+from openmimo.config.strict_json import as_object, open_regular, read_exactly
+from openmimo.config.tensor_names import LENGTH_BYTES, read_header
 from openmimo.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000
-_LENGTH_BYTES = 8
 _MAX_DIMENSIONS = 8
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -100,27 +98,13 @@ class SafetensorsFile:
 
     def _read_header(self) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         file_bytes = os.fstat(self._file.fileno()).st_size
-        if file_bytes < _LENGTH_BYTES:
-            raise CheckpointError(f"{str(self.path)!r} has {file_bytes} bytes, too few for a header; copy it again")
-        length = int.from_bytes(self._read_bytes(_LENGTH_BYTES), "little")
-        if length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
-            raise CheckpointError(
-                f"{str(self.path)!r} announces a header of {length} bytes in a file of {file_bytes} "
-                f"(limit {MAX_HEADER_BYTES}); copy the file again"
-            )
-        header = parse_json_object(self._read_bytes(length), what=f"header of {self.path}")
+        header, start = read_header(self._file, self.path)
         metadata = as_object(header.pop("__metadata__", {}), what=f"__metadata__ of {self.path}")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise CheckpointError(f"__metadata__ of {self.path} must hold strings only; write the file again")
-        start = _LENGTH_BYTES + length
         entries = {name: _parse_entry(name, value, start, self.path) for name, value in header.items()}
         _check_coverage(entries, start, file_bytes, self.path)
         return entries, cast("dict[str, str]", metadata)
-
-    def _read_bytes(self, count: int) -> bytes:
-        content = bytearray(count)
-        read_exactly(self._file, memoryview(content), what=f"header of {self.path}")
-        return bytes(content)
 
 
 def write_safetensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
@@ -141,8 +125,8 @@ def write_safetensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     for name in names:
         flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
         if flat.numel():

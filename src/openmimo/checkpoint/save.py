@@ -13,12 +13,12 @@ from torch import Tensor
 from openmimo.checkpoint.fp8 import Quantized, RankGrid, quantize, quantize_ranks, rank_grid
 from openmimo.checkpoint.manifest import FolderWriter, folder_writer
 from openmimo.checkpoint.names import SCALE_SUFFIX, HubTensor, hub_tensors, pair_of
-from openmimo.checkpoint.reader import INDEX_NAME
 from openmimo.checkpoint.safetensors_io import write_safetensors
 from openmimo.config.hub import Layout, to_hub
 from openmimo.config.io import CONFIG_NAME
 from openmimo.config.model import ModelConfig
 from openmimo.config.native import to_native
+from openmimo.config.tensor_names import INDEX_NAME
 from openmimo.errors import CheckpointError, nearest
 from openmimo.model.model import MiMoModel
 

@@ -1,4 +1,4 @@
-"""Reading small JSON files with care: regular files of limited size, and nothing that parsers disagree about.
+"""Reading files, and small JSON ones, with care: regular files of limited size, nothing that parsers disagree about.
 
 Callers name the `error` that their users expect.
 """
@@ -60,6 +60,19 @@ def open_regular(path: Path, *, error: type[MimoError] = CheckpointError) -> Bin
         os.close(descriptor)
         raise error(f"{str(path)!r} is not a regular file; put the file itself there")
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_exactly(file: BinaryIO, buffer: memoryview, *, what: str) -> None:
+    """Fill `buffer` from the file's position. Raises: CheckpointError when the file ends early or cannot be read."""
+    done = 0
+    while done < len(buffer):
+        try:
+            count = cast("int", file.readinto(buffer[done:]))  # type: ignore[attr-defined]  # raw files have it
+        except OSError as error:
+            raise CheckpointError(f"cannot read {what}: {error}; copy the file again") from error
+        if not count:
+            raise CheckpointError(f"{what} ends after {done} of {len(buffer)} bytes; copy the file again")
+        done += count
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -33,6 +33,8 @@ class Engine:
     0 for none, or "auto": 0 to all heads, as measured acceptance and cost suggest for every answer.
     `runner` is "native" (C++), "torch", or "auto": native where its extension is installed. `weights` is the format of
     the weights in memory, one of the runner's; a model given as an object keeps its own in the torch runner.
+    `graphs` is how the torch runner runs decode steps: "cuda" (CUDA graphs), "compile" (`torch.compile`), "off", or
+    "auto": "cuda" for a model on CUDA, else "off".
     `activations` "int8" lets the native runner multiply 8-bit weights in whole numbers: faster, less exact.
     `cache` "int8" keeps keys and values in 8 bits there, in about half the memory.
     At most `max_batch` answers are written at once; a step feeds at most `step_tokens` tokens, of prompts at most
@@ -61,6 +63,7 @@ class Engine:
         prefix_cache_bytes: int = 256 << 20,
         snapshot_tokens: int = 512,
         threads: int | None = None,
+        graphs: str = "auto",
     ) -> None:
         options = RunnerOptions(
             kind=runner,
@@ -73,6 +76,7 @@ class Engine:
             cache_tokens=cache_tokens,
             prefix_cache_bytes=prefix_cache_bytes,
             threads=threads,
+            graphs=graphs,
         )
         if snapshot_tokens < 1 or prefix_cache_bytes < 0 or (chunk_tokens is not None and chunk_tokens < 1):
             raise RequestError(

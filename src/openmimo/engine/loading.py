@@ -39,6 +39,7 @@ class RunnerOptions:
     cache_tokens: int | None
     prefix_cache_bytes: int
     threads: int | None
+    graphs: str = "auto"
 
     def __post_init__(self) -> None:
         if self.kind not in RUNNERS:
@@ -69,7 +70,10 @@ def open_runner(source: Path | MiMoModel | Runner, options: RunnerOptions) -> Ru
         return cast(Runner, source)
     source = cast("Path | MiMoModel", source)
     on_cpu = isinstance(source, Path) or source.embed_tokens.weight.device.type == "cpu"
-    if options.kind == "native" or (options.kind == "auto" and on_cpu):
+    wants_graphs = options.graphs not in ("auto", "off")
+    if options.kind == "native" and wants_graphs:
+        raise RequestError(f"graphs={options.graphs!r} needs runner='torch'; the native runner has none, leave it out")
+    if options.kind == "native" or (options.kind == "auto" and on_cpu and not wants_graphs):
         runner = _open_native(source, options)
         if runner is not None:
             return runner
@@ -137,6 +141,7 @@ def _open_torch(source: Path | MiMoModel, options: RunnerOptions) -> Runner:
         num_rows=options.max_batch,
         num_pages=options.num_pages(source.config),
         max_step_tokens=options.step_tokens,
+        graphs=options.graphs,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from openmimo.config.io import read_model_config
 from openmimo.config.model import AttentionKind, ModelConfig
+from openmimo.config.tensor_names import NO_HEADS, read_present_config
 from openmimo.engine import packed
 from openmimo.engine.runner import Int32, RowState, StepInput, StepOutput
 from openmimo.errors import MimoError, RequestError, nearest
@@ -85,7 +86,7 @@ class NativeRunner:
     A model's weights are packed in memory. Those of a folder are packed tensor by tensor, and when they have
     `packed_file_bytes` or more, once and for all into a file of the user's cache folder, which is mapped: it may be
     larger than memory. Opening it looks at samples only; `verify` checks the folder's manifest and packs anew.
-    FP8 blocks of the files become fp8 weights as they are.
+    FP8 blocks of the files become fp8 weights as they are. Files without any MTP tensors give a runner without heads.
     Raises: RequestError on other words, or when the extension is missing; CheckpointError on an unusable folder.
     """
 
@@ -110,7 +111,7 @@ class NativeRunner:
             raise RequestError(f"activations={activations!r} is no format; {nearest(activations, ACTIVATIONS)}")
         if cache not in CACHES:
             raise RequestError(f"cache={cache!r} is no format; {nearest(cache, CACHES)}")
-        self.config = read_model_config(source) if isinstance(source, Path) else source.config
+        self.config = read_present_config(source) if isinstance(source, Path) else source.config
         self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
         settings = _settings(native, self.config, weights)
         settings.set_activations(activations)
@@ -154,7 +155,10 @@ class NativeRunner:
         def opened() -> bool:
             return not verify and self.runtime.open_weights(str(path), fingerprint)
 
-        if not opened():
+        if opened():
+            if self.config.num_mtp_heads < read_model_config(folder).num_mtp_heads:
+                _log.warning(NO_HEADS, folder)
+        else:
             with packed.turn(path.parent):
                 # Whoever had the turn before may have packed the same.
                 if not opened():

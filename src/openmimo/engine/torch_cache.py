@@ -7,7 +7,7 @@ H query heads, G key/value heads, K QK dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.engine.runner import PAGE_TOKENS, Int32
+from openmimo.model import MiMoModel
 from openmimo.model.attention import AttentionPlan, attend, with_sink_columns
 from openmimo.model.rope import rotary_tables
 
@@ -27,11 +28,21 @@ class TorchCache:
     """Keys and values of every row and page, and the hidden states of each row's last 2K positions.
 
     Position p of a row lies in ring slot p modulo the ring's size; its hidden state in history place p modulo 2K.
+    With `spare` there are one more row and page, the last ones, for what padding writes.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_rows: int, num_pages: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        num_rows: int,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare: bool = False,
     ) -> None:
+        num_rows, num_pages = num_rows + spare, num_pages + spare
+        self.spare_row, self.spare_page = num_rows - 1, num_pages - 1
         sliding, full, heads = config.sliding_attention, config.global_attention, config.num_mtp_heads
         assert sliding.window_keys is not None
         self.num_main_rings = sum(kind is AttentionKind.SLIDING for kind in config.layer_kinds)
@@ -57,12 +68,122 @@ class TorchCache:
         return self.page_k_PLTGK, self.page_v_PLTGV
 
     @property
+    def num_slots(self) -> int:
+        return self.ring_k_RLCGK.shape[2]
+
+    @property
     def device(self) -> torch.device:
         return self.history_RWD.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self.history_RWD.dtype
+
+    def indices(self, array: np.ndarray) -> Tensor:
+        """On the cache's device."""
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    def attend_ring(
+        self,
+        ring: int,
+        rows_S: Tensor,
+        q_STHK: Tensor,
+        k_STGK: Tensor,
+        v_STGV: Tensor,
+        bias_STC: Tensor,
+        sink_H: Tensor | None,
+    ) -> Tensor:
+        """Attention to what the rows' ring holds and, behind it, to new tokens. Shapes: -> (S, T, H, V)."""
+        k_SCGK = torch.cat((self.ring_k_RLCGK[:, ring][rows_S], k_STGK), dim=1)
+        v_SCGV = torch.cat((self.ring_v_RLCGV[:, ring][rows_S], v_STGV), dim=1)
+        bias_STC = with_sink_columns(bias_STC) if sink_H is not None else bias_STC
+        return attend(q_STHK, k_SCGK, v_SCGV, bias=bias_STC, sink_H=sink_H)
+
+    def write_ring(self, ring: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.ring_k_RLCGK[:, ring][rows, slots] = k
+        self.ring_v_RLCGV[:, ring][rows, slots] = v
+
+    def attend_pages(
+        self, layer: int, pages_SP: Tensor, q_STHK: Tensor, bias_STC: Tensor, sink_H: Tensor | None
+    ) -> Tensor:
+        """Attention to all positions of the page tables. Shapes: -> (S, T, H, V)."""
+        k_SCGK = self.page_k_PLTGK[:, layer][pages_SP].flatten(1, 2)
+        v_SCGV = self.page_v_PLTGV[:, layer][pages_SP].flatten(1, 2)
+        bias_STC = with_sink_columns(bias_STC) if sink_H is not None else bias_STC
+        return attend(q_STHK, k_SCGK, v_SCGV, bias=bias_STC, sink_H=sink_H)
+
+    def write_pages(self, layer: int, page_ids: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.page_k_PLTGK[:, layer][page_ids, slots] = k
+        self.page_v_PLTGV[:, layer][page_ids, slots] = v
+
+
+class CachedTokens(ABC):
+    """The tokens of one pass over a cache: where each attends, and where its keys are written."""
+
+    static = False
+
+    def __init__(self, config: ModelConfig, cache: TorchCache) -> None:
+        self.config, self.cache = config, cache
+        self.plans: dict[AttentionKind, AttentionPlan] = {}
+
+    @abstractmethod
+    def attend_ring(self, ring: int, q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, sink_H: Tensor | None) -> Tensor:
+        """Attention to what the ring held before this pass and to the new tokens, which then go into the ring."""
+
+    @abstractmethod
+    def attend_pages(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, sink_H: Tensor | None) -> Tensor:
+        """Attention to the pages, after the new tokens went into them."""
+
+    def run_layers(self, model: MiMoModel, token_ids_N: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """All main layers. Shapes: -> hidden (N, D) and the chosen experts (N, k) of every sparse layer."""
+        x_1ND = model.embed_tokens(token_ids_N)[None]
+        experts: list[Tensor] = []
+        num_seen = dict.fromkeys(AttentionKind, 0)
+        for layer, kind in zip(model.layers, self.config.layer_kinds, strict=True):
+            x_1ND, routing = layer(x_1ND, self._layer_plan(kind, num_seen[kind]))
+            num_seen[kind] += 1
+            if routing is not None:
+                experts.append(routing.experts_BTk[0])
+        return x_1ND[0], experts
+
+    def run_head(self, model: MiMoModel, head: int, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """One MTP head, whose ring lies behind those of the main layers. Shapes: -> (N, D) for `lm_head`."""
+        plan = self._layer_plan(AttentionKind.SLIDING, self.cache.num_main_rings + head)
+        return model.mtp_forward(head, hidden_ND[None], ids_N[None], plan)[0]
+
+    def make_plans(self, positions_N: Tensor) -> None:
+        """Rotary tables, once for all layers of a kind."""
+        for kind in AttentionKind:
+            theta = self.config.attention(kind).rope_theta
+            cos, sin = rotary_tables(positions_N[None], self.config.rotary_dim(kind), theta)
+            self.plans[kind] = AttentionPlan(kind, cos, sin, None, static=self.static)
+
+    def _layer_plan(self, kind: AttentionKind, number: int) -> AttentionPlan:
+        """The plan of layer `number` among those of its kind."""
+        function = self.attend_ring if kind is AttentionKind.SLIDING else self.attend_pages
+
+        def attend_cached(q: Tensor, k: Tensor, v: Tensor, sink_H: Tensor | None) -> Tensor:
+            return function(number, q[0], k[0], v[0], sink_H)[None]
+
+        return replace(self.plans[kind], attend_cached=attend_cached)
+
+
+def ring_positions(starts_S: Tensor, num_slots: int) -> Tensor:
+    """The position in every ring slot before a pass: the newest before its start that is congruent to the slot.
+
+    What a rejected draft left there counts as a position further back than any window. Shapes: -> (S, C).
+    """
+    last_S1 = starts_S[:, None] - 1
+    return last_S1 - (last_S1 - torch.arange(num_slots, device=starts_S.device)) % num_slots
+
+
+def visible_bias(positions_ST: Tensor, keys_SC: Tensor, window_keys: int | None, dtype: torch.dtype) -> Tensor:
+    """0 where the key is at or before the query (and in its window), minus infinity elsewhere. Shape (S, T, C)."""
+    distance_STC = positions_ST[:, :, None] - keys_SC[:, None, :]
+    hidden_STC = (distance_STC < 0) | (keys_SC[:, None, :] < 0)
+    if window_keys is not None:
+        hidden_STC = hidden_STC | (distance_STC >= window_keys)
+    return torch.zeros(hidden_STC.shape, dtype=dtype, device=keys_SC.device).masked_fill_(hidden_STC, float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -82,7 +203,7 @@ class _Group:
     pages_SP: Tensor | None
 
 
-class FlatTokens:
+class FlatTokens(CachedTokens):
     """The tokens of one pass, sequence after sequence: positions, groups, and where keys are written.
 
     Without `page_tables` it serves a pass of MTP heads, which have rings only.
@@ -97,7 +218,7 @@ class FlatTokens:
         counts_S: Int32,
         page_tables: tuple[Int32, ...] | None = None,
     ) -> None:
-        self.config, self.cache = config, cache
+        super().__init__(config, cache)
         self.rows_S, self.starts_S, self.counts_S = rows_S, starts_S, counts_S
         self.offsets_S = np.cumsum(counts_S) - counts_S
         self.sequence_N = np.repeat(np.arange(len(counts_S)), counts_S)
@@ -105,58 +226,36 @@ class FlatTokens:
         self.page_tables = page_tables
         self._choose_slots()
         self.groups = [self._group(members) for members in self._partition()]
-        self.plans = {kind: self._plan(kind) for kind in AttentionKind}
+        self.make_plans(self.tensor(self.positions_N))
 
-    def ring_plan(self, ring: int) -> AttentionPlan:
-        """The plan of a sliding layer or head whose keys lie in ring number `ring`."""
-        attend_cached = self._with_layer(self._attend_ring, ring)
-        return replace(self.plans[AttentionKind.SLIDING], attend_cached=attend_cached)
-
-    def page_plan(self, layer: int) -> AttentionPlan:
-        """The plan of global layer number `layer`."""
-        attend_cached = self._with_layer(self._attend_pages, layer)
-        return replace(self.plans[AttentionKind.GLOBAL], attend_cached=attend_cached)
-
-    def _with_layer(
-        self, function: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor], layer: int
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-        return lambda q, k, v, sink: function(layer, q[0], k[0], v[0], sink)[None]
-
-    def _attend_ring(self, ring: int, q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, sink_H: Tensor | None) -> Tensor:
-        """Attention to what the ring held before this pass and to the new tokens, which then go into the ring."""
-        ring_k_RCGK, ring_v_RCGV = self.cache.ring_k_RLCGK[:, ring], self.cache.ring_v_RLCGV[:, ring]
+    def attend_ring(self, ring: int, q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, sink_H: Tensor | None) -> Tensor:
         out_NHV = q_NHK.new_empty(*q_NHK.shape[:2], v_NGV.shape[-1])
         for group in self.groups:
-            k_SCGK = torch.cat((ring_k_RCGK[group.rows_S], k_NGK[group.places_ST]), dim=1)
-            v_SCGV = torch.cat((ring_v_RCGV[group.rows_S], v_NGV[group.places_ST]), dim=1)
-            bias = with_sink_columns(group.ring_bias) if sink_H is not None else group.ring_bias
-            out_STHV = attend(q_NHK[group.places_ST], k_SCGK, v_SCGV, bias=bias, sink_H=sink_H)
+            q_STHK, k_STGK, v_STGV = (x[group.places_ST] for x in (q_NHK, k_NGK, v_NGV))
+            out_STHV = self.cache.attend_ring(ring, group.rows_S, q_STHK, k_STGK, v_STGV, group.ring_bias, sink_H)
             out_NHV[group.targets_n] = out_STHV[group.kept_ST]
-        ring_k_RCGK[self.ring_rows_n, self.ring_slots_n] = k_NGK[self.ring_places_n]
-        ring_v_RCGV[self.ring_rows_n, self.ring_slots_n] = v_NGV[self.ring_places_n]
+        k_nGK, v_nGV = k_NGK[self.ring_places_n], v_NGV[self.ring_places_n]
+        self.cache.write_ring(ring, self.ring_rows_n, self.ring_slots_n, k_nGK, v_nGV)
         return out_NHV
 
-    def _attend_pages(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, sink_H: Tensor | None) -> Tensor:
-        page_k_PTGK, page_v_PTGV = self.cache.page_k_PLTGK[:, layer], self.cache.page_v_PLTGV[:, layer]
-        page_k_PTGK[self.page_ids_N, self.page_slots_N] = k_NGK
-        page_v_PTGV[self.page_ids_N, self.page_slots_N] = v_NGV
+    def attend_pages(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGV: Tensor, sink_H: Tensor | None) -> Tensor:
+        self.cache.write_pages(layer, self.page_ids_N, self.page_slots_N, k_NGK, v_NGV)
         out_NHV = q_NHK.new_empty(*q_NHK.shape[:2], v_NGV.shape[-1])
         for group in self.groups:
             assert group.pages_SP is not None
             assert group.page_bias is not None
-            k_SCGK, v_SCGV = page_k_PTGK[group.pages_SP].flatten(1, 2), page_v_PTGV[group.pages_SP].flatten(1, 2)
-            bias = with_sink_columns(group.page_bias) if sink_H is not None else group.page_bias
-            out_STHV = attend(q_NHK[group.places_ST], k_SCGK, v_SCGV, bias=bias, sink_H=sink_H)
+            q_STHK = q_NHK[group.places_ST]
+            out_STHV = self.cache.attend_pages(layer, group.pages_SP, q_STHK, group.page_bias, sink_H)
             out_NHV[group.targets_n] = out_STHV[group.kept_ST]
         return out_NHV
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Indices on the cache's device."""
-        return torch.from_numpy(array.astype(np.int64)).to(self.cache.device)
+        return self.cache.indices(array)
 
     def _choose_slots(self) -> None:
         """A ring takes a sequence's last tokens, as many as it has slots: each slot is written once."""
-        num_slots = self.cache.ring_k_RLCGK.shape[2]
+        num_slots = self.cache.num_slots
         last_N = (self.starts_S + self.counts_S)[self.sequence_N]
         places_n = np.flatnonzero(self.positions_N >= last_N - num_slots)
         self.ring_places_n = self.tensor(places_n)
@@ -178,46 +277,31 @@ class FlatTokens:
         steps_ST = np.minimum(np.arange(counts_S1.max()), counts_S1 - 1)
         kept_ST = np.arange(counts_S1.max()) < counts_S1
         places_ST = self.offsets_S[members_S][:, None] + steps_ST
-        starts_S1 = self.starts_S[members_S][:, None]
-        positions_ST = starts_S1 + steps_ST
-        num_slots = self.cache.ring_k_RLCGK.shape[2]
-        # The newest position before this pass that is congruent to the slot; what a rejected draft left is further
-        # back than any window.
-        old_SC = starts_S1 - 1 - (starts_S1 - 1 - np.arange(num_slots)) % num_slots
-        keys_SC = np.concatenate((old_SC, np.where(kept_ST, positions_ST, -1)), axis=1)
-        pages_SP = None if self.page_tables is None else self._pages(members_S)
-        page_bias = None
-        if pages_SP is not None:
-            page_bias = self._bias(positions_ST, np.arange(pages_SP.shape[1] * PAGE_TOKENS)[None], None)
+        positions_ST = self.tensor(self.starts_S[members_S][:, None] + steps_ST)
+        on_device = torch.from_numpy(kept_ST).to(self.cache.device)
+        old_SC = ring_positions(self.tensor(self.starts_S[members_S]), self.cache.num_slots)
+        keys_SC = torch.cat((old_SC, positions_ST.masked_fill(~on_device, -1)), dim=1)
+        window_keys, dtype = self.config.sliding_attention.window_keys, self.cache.dtype
+        pages_SP = page_bias = None
+        if self.page_tables is not None:
+            pages_SP = self._pages(members_S)
+            keys_1C = torch.arange(pages_SP.shape[1] * PAGE_TOKENS, device=self.cache.device)[None]
+            page_bias = visible_bias(positions_ST, keys_1C, None, dtype)
         return _Group(
             rows_S=self.tensor(self.rows_S[members_S]),
             places_ST=self.tensor(places_ST),
-            kept_ST=torch.from_numpy(kept_ST).to(self.cache.device),
+            kept_ST=on_device,
             targets_n=self.tensor(places_ST[kept_ST]),
-            ring_bias=self._bias(positions_ST, keys_SC, self.config.sliding_attention.window_keys),
+            ring_bias=visible_bias(positions_ST, keys_SC, window_keys, dtype),
             page_bias=page_bias,
-            pages_SP=None if pages_SP is None else self.tensor(pages_SP),
+            pages_SP=pages_SP,
         )
 
-    def _pages(self, members_S: np.ndarray) -> np.ndarray:
+    def _pages(self, members_S: np.ndarray) -> Tensor:
         """The members' page tables, padded with page 0, whose keys lie behind every query."""
         assert self.page_tables is not None
         counts = [-(-int(self.starts_S[m] + self.counts_S[m]) // PAGE_TOKENS) for m in members_S]
         pages_SP = np.zeros((len(members_S), max(counts)), dtype=np.int64)
         for place, (member, count) in enumerate(zip(members_S, counts, strict=True)):
             pages_SP[place, :count] = self.page_tables[member][:count]
-        return pages_SP
-
-    def _bias(self, positions_ST: np.ndarray, keys_SC: np.ndarray, window_keys: int | None) -> Tensor:
-        """0 where the key is at or before the query (and in its window), minus infinity elsewhere. Shape (S, T, C)."""
-        distance_STC = positions_ST[:, :, None] - keys_SC[:, None, :]
-        visible_STC = (distance_STC >= 0) & (keys_SC[:, None, :] >= 0)
-        if window_keys is not None:
-            visible_STC &= distance_STC < window_keys
-        bias = np.where(visible_STC, np.float32(0), np.float32(-np.inf))
-        return torch.from_numpy(bias).to(self.cache.device, self.cache.dtype)
-
-    def _plan(self, kind: AttentionKind) -> AttentionPlan:
-        theta = self.config.attention(kind).rope_theta
-        cos, sin = rotary_tables(self.tensor(self.positions_N)[None], self.config.rotary_dim(kind), theta)
-        return AttentionPlan(kind, cos, sin, None)
+        return self.tensor(pages_SP)

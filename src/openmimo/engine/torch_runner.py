@@ -5,15 +5,32 @@ Suffixes as in `runner.py`; D hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from openmimo.config.model import AttentionKind, ModelConfig
+from openmimo.config.model import ModelConfig
 from openmimo.engine.runner import Int32, Routes, RowState, StepInput, StepOutput
 from openmimo.engine.torch_cache import FlatTokens, TorchCache
+from openmimo.engine.torch_static import StaticDecoder, choose_graphs
 from openmimo.errors import ShapeError
 from openmimo.model import MiMoModel
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What later calls need of the last `forward`: hidden states of sequence s lie from `offsets_S[s]` on.
+
+    `num_places` is the number of places of each sequence in a static step, 0 in another.
+    """
+
+    rows_S: Int32
+    starts_S: Int32
+    offsets_S: np.ndarray
+    hidden_ND: Tensor
+    num_places: int = 0
 
 
 class TorchRunner:
@@ -21,19 +38,27 @@ class TorchRunner:
 
     Matrix libraries choose their kernel by shape, so logits of a token may differ in the last bit with what else is in
     the step: near ties can resolve differently from batch to batch.
+    `graphs` says how decode steps run: "cuda" replays CUDA graphs, "compile" runs them through `torch.compile`, "off"
+    as prompts do; "auto" is "cuda" on CUDA and "off" elsewhere. Both prepare a step's shape when it first occurs.
+    Raises: RequestError on other words, or for "cuda" where the model is not on CUDA.
     """
 
-    def __init__(self, model: MiMoModel, *, num_rows: int, num_pages: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, model: MiMoModel, *, num_rows: int, num_pages: int, max_step_tokens: int, graphs: str = "auto"
+    ) -> None:
         self.model = model
         self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
         weight = model.embed_tokens.weight
+        self.graphs = choose_graphs(graphs, weight.device)
+        rooms = {"num_rows": num_rows, "num_pages": num_pages}
+        self._static: StaticDecoder | None = None
         with torch.inference_mode():
             self.cache = TorchCache(
-                model.config, num_rows=num_rows, num_pages=num_pages, dtype=weight.dtype, device=weight.device
+                model.config, **rooms, dtype=weight.dtype, device=weight.device, spare=self.graphs != "off"
             )
-        self._plan_numbers = _plan_numbers(model.config)
-        self._tokens: FlatTokens | None = None
-        self._hidden_ND: Tensor | None = None
+            if self.graphs != "off":
+                self._static = StaticDecoder(model, self.cache, graphs=self.graphs, **rooms)
+        self._last: _Forward | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -55,21 +80,17 @@ class TorchRunner:
     def forward(self, step: StepInput) -> StepOutput:
         if not 0 < len(step.token_ids_N) <= self.max_step_tokens:
             raise ShapeError(f"a step of {len(step.token_ids_N)} tokens; this runner takes 1 to {self.max_step_tokens}")
-        tokens = FlatTokens(
-            self.config, self.cache, step.rows_S.copy(), step.starts_S.copy(), step.counts_S.copy(), step.page_tables
-        )
-        x_1ND = self.model.embed_tokens(tokens.tensor(step.token_ids_N))[None]
-        experts: list[Tensor] = []
-        for layer, kind, number in zip(self.model.layers, self.config.layer_kinds, self._plan_numbers, strict=True):
-            plan = tokens.ring_plan(number) if kind is AttentionKind.SLIDING else tokens.page_plan(number)
-            x_1ND, routing = layer(x_1ND, plan)
-            if routing is not None:
-                experts.append(routing.experts_BTk[0])
-        hidden_ND = x_1ND[0]
-        self._tokens, self._hidden_ND = tokens, hidden_ND
+        rows_S, starts_S, counts_S = step.rows_S.copy(), step.starts_S.copy(), step.counts_S.copy()
+        if self._static is not None and self._static.takes(step):
+            output, offsets_S, num_places = self._static.forward(step)
+            self._last = _Forward(rows_S, starts_S, offsets_S, self._static.hidden_ND, num_places)
+            return output
+        tokens = FlatTokens(self.config, self.cache, rows_S, starts_S, counts_S, step.page_tables)
+        hidden_ND, experts = tokens.run_layers(self.model, tokens.tensor(step.token_ids_N))
+        self._last = _Forward(rows_S, starts_S, tokens.offsets_S, hidden_ND)
         wanted_MD = hidden_ND[tokens.tensor(step.logits_M)]
         logits_MV = self.model.lm_head(self.model.norm(wanted_MD)).float().cpu().numpy()
-        return StepOutput(logits_MV=logits_MV, routed_experts_NLk=self._routes(experts))
+        return StepOutput(logits_MV=logits_MV, routed_experts_NLk=self._routes(experts, len(hidden_ND)))
 
     @torch.inference_mode()
     def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
@@ -88,21 +109,26 @@ class TorchRunner:
 
     @torch.inference_mode()
     def commit(self, rows_S: Int32, kept_S: Int32) -> None:
-        assert self._tokens is not None
-        assert self._hidden_ND is not None
-        tokens, width = self._tokens, self.cache.history_RWD.shape[1]
-        sequence_of = {int(row): sequence for sequence, row in enumerate(tokens.rows_S)}
-        places: list[int] = []
-        for row, kept in zip(rows_S.tolist(), kept_S.tolist(), strict=True):
-            end = int(tokens.offsets_S[sequence_of[row]]) + kept
-            places += range(end - min(kept, width), end)
-        rows_n = tokens.tensor(tokens.rows_S[tokens.sequence_N[places]])
-        slots_n = tokens.tensor(tokens.positions_N[places] % width)
-        self.cache.history_RWD[rows_n, slots_n] = self._hidden_ND[tokens.tensor(np.array(places))]
+        assert self._last is not None
+        last, width = self._last, self.cache.history_RWD.shape[1]
+        kept_of = dict(zip(rows_S.tolist(), kept_S.tolist(), strict=True))
+        kept_S = np.array([kept_of.get(row, 0) for row in last.rows_S.tolist()], dtype=np.int32)
+        if last.num_places:
+            assert self._static is not None
+            self._static.commit(last.rows_S, last.starts_S, kept_S, last.num_places)
+            return
+        newest_S = np.minimum(kept_S, width)
+        steps_n = np.concatenate([np.arange(kept - new, kept) for kept, new in zip(kept_S, newest_S, strict=True)])
+        sequence_n = np.repeat(np.arange(len(kept_S)), newest_S)
+        rows_n = self._tensor(last.rows_S[sequence_n])
+        slots_n = self._tensor((last.starts_S[sequence_n] + steps_n) % width)
+        self.cache.history_RWD[rows_n, slots_n] = last.hidden_ND[self._tensor(last.offsets_S[sequence_n] + steps_n)]
 
     @torch.inference_mode()
     def draft(self, rows_S: Int32, lengths_S: Int32, tokens_SW: Int32) -> Int32:
         width, num_heads = tokens_SW.shape[1], self.config.num_mtp_heads
+        if self._static is not None and num_heads:
+            return self._static.draft(rows_S, lengths_S, tokens_SW)
         counts_S = np.minimum(lengths_S, width).astype(np.int32)
         starts_S = (lengths_S - counts_S).astype(np.int32)
         tokens = FlatTokens(self.config, self.cache, rows_S, starts_S, counts_S)
@@ -137,32 +163,27 @@ class TorchRunner:
             rows[row] = torch.from_numpy(array).to(rows.device).view(rows.dtype).view(rows.shape[1:])
 
     def _run_head(self, head: int, hidden_ND: Tensor, ids_N: np.ndarray, tokens: FlatTokens) -> Tensor:
-        plan = tokens.ring_plan(self.cache.num_main_rings + head)
-        return self.model.mtp_forward(head, hidden_ND[None], tokens.tensor(ids_N)[None], plan)[0]
+        return tokens.run_head(self.model, head, hidden_ND, tokens.tensor(ids_N))
 
     def _hidden_at(self, row: int, start: int, count: int) -> Tensor:
         """Hidden states of positions from `start` on: of the last forward, before it from the row's history."""
-        assert self._tokens is not None
-        assert self._hidden_ND is not None
-        tokens, width = self._tokens, self.cache.history_RWD.shape[1]
-        sequence = int(np.flatnonzero(tokens.rows_S == row)[0])
-        first = int(tokens.starts_S[sequence])
-        old = tokens.tensor(np.arange(start, min(first, start + count)) % width)
-        offset = int(tokens.offsets_S[sequence]) - first
-        new_ND = self._hidden_ND[offset + max(first, start) : max(offset + start + count, offset + first)]
+        assert self._last is not None
+        last, width = self._last, self.cache.history_RWD.shape[1]
+        sequence = int(np.flatnonzero(last.rows_S == row)[0])
+        first = int(last.starts_S[sequence])
+        old = self._tensor(np.arange(start, min(first, start + count)) % width)
+        offset = int(last.offsets_S[sequence]) - first
+        new_ND = last.hidden_ND[offset + max(first, start) : max(offset + start + count, offset + first)]
         return torch.cat((self.cache.history_RWD[row, old], new_ND))
 
-    def _routes(self, experts: list[Tensor]) -> Routes:
-        assert self._hidden_ND is not None
+    def _routes(self, experts: list[Tensor], num_tokens: int) -> Routes:
         if not experts or self.config.moe is None:
-            return np.zeros((self._hidden_ND.shape[0], 0, 0), dtype=np.uint8)
+            return np.zeros((num_tokens, 0, 0), dtype=np.uint8)
         dtype = np.uint8 if self.config.moe.num_experts <= 256 else np.uint16
         return torch.stack(experts, dim=1).cpu().numpy().astype(dtype)
 
-
-def _plan_numbers(config: ModelConfig) -> list[int]:
-    """Each layer's number among the layers of its kind."""
-    return [config.layer_kinds[:index].count(kind) for index, kind in enumerate(config.layer_kinds)]
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return self.cache.indices(array)
 
 
 def _as_bytes(x: Tensor) -> np.ndarray:

@@ -37,6 +37,7 @@ class AttentionPlan:
     cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries.
     With `first_key_BT`, the first key that each query sees, the fused kernel runs and there are no masks at all.
     A caller that keeps the keys itself brings `attend_cached`: (q_BTHK, k_BTGK, v_BTGV, sink_H) -> (B, T, H, V).
+    `static` asks for forms whose shapes and control flow do not depend on values, as CUDA graphs need.
     """
 
     kind: AttentionKind
@@ -48,6 +49,7 @@ class AttentionPlan:
     cached: bool = False
     first_key_BT: Tensor | None = None
     attend_cached: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    static: bool = False
 
 
 class Attention(nn.Module):

@@ -84,5 +84,5 @@ class Block(nn.Module):
         x_BTD, normed_BTD = self.post_attention_layernorm.after_adding(x_BTD, attended_BTD)
         if isinstance(self.mlp, DenseMLP):
             return x_BTD + self.mlp(normed_BTD), None
-        y_BTD, routing = self.mlp(normed_BTD, replay_BTk)
+        y_BTD, routing = self.mlp(normed_BTD, replay_BTk, static=plan.static)
         return x_BTD + y_BTD, routing

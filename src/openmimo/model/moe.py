@@ -107,6 +107,10 @@ class Router(nn.Module):
         return Routing(scores_NE, experts_Nk, weights_Nk * self.config.routed_scaling)
 
 
+# Passes over a weight that is copied and multiplied, against one that is only multiplied.
+COPY_COST = 3
+
+
 class Experts(nn.Module):
     """All experts' SwiGLU weights, stacked; tokens are sorted by expert and each expert runs once.
 
@@ -121,8 +125,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_dim))
 
-    def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, *, static: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
+        if static:
+            return self._static(x_ND, experts_Nk, weights_Nk)
         if experts_usable(x_ND, self.down_proj):
             return fused_experts(x_ND, experts_Nk, weights_Nk, self.gate_up_proj, self.down_proj)
         top_k = experts_Nk.shape[1]
@@ -134,6 +142,26 @@ class Experts(nn.Module):
         y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
         y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
         return y_ND, tokens_per_expert_E
+
+    def _static(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for few tokens, with nothing that depends on the choices but values.
+
+        Either the chosen weights are copied side by side, or every expert runs on every token: while tokens are few,
+        products cost what reading their weights costs, and a copy reads and writes once more.
+        """
+        weights_Nk = weights_Nk.to(x_ND.dtype)
+        if COPY_COST * experts_Nk.numel() <= self.num_experts:
+            x_NkD1 = x_ND[:, None, :, None].expand(-1, experts_Nk.shape[1], -1, -1)
+            hidden_NkF = swiglu((self.gate_up_proj[experts_Nk] @ x_NkD1).squeeze(-1))
+            y_NkD = (self.down_proj[experts_Nk] @ hidden_NkF[..., None]).squeeze(-1)
+            y_ND = (y_NkD * weights_Nk[..., None]).sum(1)
+        else:
+            hidden_ENF = swiglu(x_ND @ self.gate_up_proj.transpose(1, 2))
+            y_END = hidden_ENF @ self.down_proj.transpose(1, 2)
+            weights_NE = x_ND.new_zeros(x_ND.shape[0], self.num_experts).scatter(1, experts_Nk, weights_Nk)
+            y_ND = (y_END * weights_NE.T[..., None]).sum(0)
+        counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_ND.device)
+        return y_ND, counts_E.scatter_add(0, experts_Nk.flatten(), torch.ones_like(experts_Nk.flatten()))
 
 
 def grouped_product(x_PD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -214,11 +242,13 @@ class SparseMLP(nn.Module):
         self.gate = Router(hidden_size, config)
         self.experts = Experts(hidden_size, config)
 
-    def forward(self, x_BTD: Tensor, replay_BTk: Tensor | None = None) -> tuple[Tensor, LayerRouting]:
+    def forward(
+        self, x_BTD: Tensor, replay_BTk: Tensor | None = None, *, static: bool = False
+    ) -> tuple[Tensor, LayerRouting]:
         shape = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND, None if replay_BTk is None else replay_BTk.flatten(0, 1))
-        y_ND, tokens_per_expert_E = self.experts(x_ND, routing.experts_Nk, routing.weights_Nk)
+        y_ND, tokens_per_expert_E = self.experts(x_ND, routing.experts_Nk, routing.weights_Nk, static=static)
         experts_BTk = routing.experts_Nk.unflatten(0, shape[:2])
         loss = x_BTD.new_zeros((), dtype=torch.float32)
         if torch.is_grad_enabled():

@@ -3,8 +3,9 @@
 import torch
 
 from openmimo.checkpoint.fp8 import rank_grid, scale_shape
-from openmimo.checkpoint.names import hub_tensors, mtp_head_index, pair_of
+from openmimo.checkpoint.names import hub_tensors, pair_of
 from openmimo.config.model import ModelConfig, preset
+from openmimo.config.tensor_names import mtp_head_index
 from openmimo.model.model import MiMoModel
 
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from openmimo.checkpoint.load import load_model
-from openmimo.checkpoint.reader import INDEX_NAME
 from openmimo.checkpoint.safetensors_io import SafetensorsFile
 from openmimo.checkpoint.save import save_model
 from openmimo.checkpoint.training_state import save_training_state
 from openmimo.config.model import ModelConfig
 from openmimo.config.strict_json import parse_json_object
+from openmimo.config.tensor_names import INDEX_NAME
 from openmimo.errors import CheckpointError
 from openmimo.model.model import MiMoModel
 

@@ -13,9 +13,9 @@ from openmimo.checkpoint.convert import convert
 from openmimo.checkpoint.fp8 import dequantize, dequantize_ranks, quantize, quantize_ranks, rank_grid
 from openmimo.checkpoint.load import load_model
 from openmimo.checkpoint.names import hub_tensors, pair_of
-from openmimo.checkpoint.reader import INDEX_NAME
 from openmimo.checkpoint.save import save_model
 from openmimo.config.model import ModelConfig
+from openmimo.config.tensor_names import INDEX_NAME
 from openmimo.errors import CheckpointError
 from openmimo.model.model import MiMoModel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,19 +14,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from openmimo.checkpoint import load_model, save_model
 from openmimo.checkpoint.fp8 import rank_grid
 from openmimo.checkpoint.reader import CheckpointReader
 from openmimo.checkpoint.safetensors_io import SafetensorsFile
+from openmimo.config.io import read_model_config
 from openmimo.config.model import ModelConfig, preset
-from openmimo.engine import native_weights
+from openmimo.config.tensor_names import INDEX_NAME, SINGLE_NAME
+from openmimo.engine import Engine, SamplingParams, native_weights
 from openmimo.engine.native_runner import WEIGHTS, NativeRunner
 from openmimo.errors import CheckpointError
 
 pytest.importorskip("openmimo._native", reason="the C++ extension is not built")
 
-from native_cases import random_model, shapes
+from native_cases import feed, random_model, shapes
 
 SHARD_BYTES = 60_000
 PANEL = 64
@@ -256,3 +260,57 @@ def test_packed_weights_open_without_torch(tmp_path: Path, packed_folder: Path) 
         [sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True, env={**os.environ}
     )
     assert done.stdout.rstrip().endswith("False"), done.stdout
+
+
+@pytest.mark.parametrize("packed_file_bytes", [0, 1 << 40])
+@pytest.mark.parametrize("max_shard_bytes", [SHARD_BYTES, 1 << 40])
+def test_files_without_heads_run_without_drafts(
+    max_shard_bytes: int, packed_file_bytes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a native runner that wants heads which `load_model` does without, and one that says nothing of it."""
+    config, folder = preset("nano"), tmp_path / "model"
+    assert config.num_mtp_heads
+    save_model(random_model(config), folder, max_shard_bytes=max_shard_bytes)
+    remove_tensors(folder, ".mtp.", single_file=max_shard_bytes > SHARD_BYTES)
+    loaded = load_model(folder)
+    expected = NativeRunner(loaded, num_rows=1, num_pages=8)
+    tokens = np.arange(40, dtype=np.int32)
+    for _ in range(2):  # the second one opens what the first one packed
+        caplog.clear()
+        runner = NativeRunner(folder, num_rows=1, num_pages=8, packed_file_bytes=packed_file_bytes)
+        assert runner.config == loaded.config
+        assert caplog.text.count("holds no MTP heads") == 1
+        assert (feed(runner, tokens, [30, 10])[0] == feed(expected, tokens, [30, 10])[0]).all()
+    engine = Engine(folder, runner="native", draft_heads="auto")
+    assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+
+def test_the_number_of_heads_follows_the_files(tmp_path: Path) -> None:
+    """Catches rules other than `load_model`'s: heads that config.json does not name, and heads that lack tensors."""
+    config, folder = preset("nano"), tmp_path / "model"
+    save_model(random_model(config), folder, layout="native", max_shard_bytes=SHARD_BYTES)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["num_nextn_predict_layers"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_model_config(folder).num_mtp_heads == 0
+    assert NativeRunner(folder).config.num_mtp_heads == load_model(folder).config.num_mtp_heads == config.num_mtp_heads
+    remove_tensors(folder, ".mtp.layers.0.enorm", single_file=False)
+    for load in (load_model, NativeRunner):
+        with pytest.raises(CheckpointError, match=r"missing: 1\n  model.mtp.layers.0.enorm.weight"):
+            load(folder)
+
+
+def remove_tensors(folder: Path, part: str, *, single_file: bool) -> None:
+    """Write a folder's files again without the tensors whose name holds `part`; `single_file` leaves the index out."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(set(index["weight_map"].values())):
+        tensors |= load_file(folder / name)
+        (folder / name).unlink()
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / SINGLE_NAME)
+    if single_file:
+        (folder / INDEX_NAME).unlink()
+    else:
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(kept, SINGLE_NAME)}))

@@ -39,6 +39,20 @@ ROUTES = {
 }
 
 
+@pytest.mark.parametrize("num_used", [3, 30])
+@pytest.mark.parametrize("num_tokens", [1, 4, 40])
+def test_static_experts_are_the_same(num_tokens: int, num_used: int) -> None:
+    """Catches either static form that takes a wrong weight, expert or count; 1 and 4 tokens copy weights here."""
+    experts = make_experts(30)
+    x_ND, weights_Nk = torch.randn(num_tokens, 12), torch.rand(num_tokens, 2)
+    chosen_Nk = torch.stack([torch.randperm(num_used)[:2] for _ in range(num_tokens)])
+    expected_ND, _ = loop_experts(experts, x_ND.double(), chosen_Nk, weights_Nk.double())
+    with torch.inference_mode():
+        y_ND, tokens_per_expert_E = experts(x_ND, chosen_Nk, weights_Nk, static=True)
+    torch.testing.assert_close(y_ND.double(), expected_ND, rtol=0, atol=1e-5)
+    assert torch.equal(tokens_per_expert_E, chosen_Nk.flatten().bincount(minlength=30))
+
+
 @pytest.mark.parametrize("routes", ROUTES)
 @pytest.mark.parametrize("sizes", [(12, 8), (10, 7)], ids=["whole 16 bytes", "any width"])
 @pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(1, 1, 4), (29, 3, 5), (700, 2, 3)])
