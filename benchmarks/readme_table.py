@@ -95,6 +95,8 @@ def bench_rows() -> Rows:
     for path in sorted(RESULTS.glob("bench-*.json")):
         found = json.loads(path.read_text())
         verb = found["benchmark"].removeprefix("bench ")
+        if verb == "mtp":
+            continue
         by_work: dict[str, dict[str, Any]] = {}
         for row in found["rows"]:
             by_work.setdefault(row["work"], {})[row["target"]] = row
@@ -108,6 +110,48 @@ def bench_rows() -> Rows:
             figure = f"{ours['tokens_per_s']:,.0f} tokens/s, {100 * share:.0f}% of the limit; {', '.join(peers)}"
             command = f"`openmimo bench {verb} --model {found['model']} --against ...`"
             rows.append((f"{verb}, `{found['model']}` in {found['weights']}, {work}", command, figure))
+    return rows
+
+
+def mtp_rows() -> Rows:
+    """Drafting on the demo's model beside plain decoding, and the faster of llama.cpp's two ways."""
+    found = read("bench-mtp-demo")
+    if found is None:
+        return []
+    by_work: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        by_work.setdefault(row["work"], {})[row["target"]] = row
+    rows: Rows = []
+    for work, sides in by_work.items():
+        plain, drafts, auto = (sides["openmimo" + name] for name in ("", ", 3 drafts", ", auto drafts"))
+        peer = max(side["tokens_per_s"] for name, side in sides.items() if name.startswith("llama.cpp"))
+        figure = (
+            f"3 drafts {drafts['tokens_per_s'] / plain['tokens_per_s']:.2f}x of plain decoding at "
+            f"{drafts['details']['acceptance_length']:.2f} tokens per step, automatic {auto['tokens_per_s']:,.0f} "
+            f"tokens/s ({auto['tokens_per_s'] / plain['tokens_per_s']:.2f}x); llama.cpp {peer:,.0f} "
+            f"({auto['tokens_per_s'] / peer:.1f}x)"
+        )
+        rows.append(
+            (f"drafting, demo model, {work}", "`openmimo bench mtp --model runs/demo --against llama.cpp`", figure)
+        )
+    return rows
+
+
+def context_rows() -> Rows:
+    found = read("context")
+    if found is None:
+        return []
+    rows: Rows = []
+    for row in found["rows"]:
+        if row["tokens"] in (1024, 32768) or row is found["rows"][-1]:
+            extra = f"; x{row['extra_s'] / row['memory_s']:.2f} of its extra bytes' time" if row["memory_s"] else ""
+            figure = (
+                f"{1e3 * row['step_s']:.2f} ms per token{extra}; cache {row['used_bytes'] / 1e6:.1f} MB, "
+                f"of it sliding layers and heads {row['sliding_bytes'] / 1e6:.2f} MB; prompt {row['prompt_s']:.1f} s"
+            )
+            rows.append(
+                (f"`{found['preset']}` behind {row['tokens']:,} tokens", "`python benchmarks/context.py`", figure)
+            )
     return rows
 
 
@@ -129,7 +173,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    rows = [*demo_rows(), *train_rows(), *attention_rows(), *bench_rows(), *fuzz_rows()]
+    rows = [*demo_rows(), *train_rows(), *attention_rows(), *bench_rows(), *mtp_rows(), *context_rows(), *fuzz_rows()]
     for name, head in HEADS.items():
         path = ROOT / name
         text = path.read_text()

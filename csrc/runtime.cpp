@@ -79,6 +79,17 @@ Store Runtime::ring(const Layer& layer, int row, int group) {
   return {layer.cache, rings_.data() + row * ring_words_ + layer.offset, group};
 }
 
+// Pages of one layer and group lie side by side, so that a long context is read in a stream where its pages follow each other.
+Store Runtime::page(const Layer& layer, int32_t number, int group) {
+  const int64_t words = layer.cache.group_words();
+  return {layer.cache, pages_.data() + (layer.offset + group * words) * config_.num_pages + number * words, 0};
+}
+
+// What attention reads first of a group.
+Store Runtime::first_store(const Layer& layer, const Sequence& s, int group) {
+  return layer.sliding ? ring(layer, s.row, group) : page(layer, s.pages[0], group);
+}
+
 void Runtime::embed(int32_t token, float* out) const {
   const int64_t at = static_cast<int64_t>(token) * config_.hidden;
   if (embedding_f32_) {
@@ -298,8 +309,7 @@ void Runtime::place(Layer& layer, Step& step, int64_t n, int part) {
                   g.qk, key);
   const float* value = row + (g.heads + g.groups) * g.qk + group * g.v;
   if (!layer.sliding) {
-    uint32_t* page = pages_.data() + s.pages[position / BLOCK] * page_words_ + layer.offset;
-    Store(shape, page, group).write(static_cast<int>(position % BLOCK), key, value, g.v, config_.value_scale);
+    page(layer, s.pages[position / BLOCK], group).write(static_cast<int>(position % BLOCK), key, value, g.v, config_.value_scale);
   } else if (s.is_long) {
     step.linear(s, shape, group).write(static_cast<int>(position - s.linear_first), key, value, g.v, config_.value_scale);
   } else if (n - s.offset >= s.count - shape.slots) {
@@ -339,8 +349,8 @@ void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
       // A few tokens' attention takes less time than waiting for what it reads, once no second-level cache holds that.
       const int64_t next = task + pool_.size();
       if (step.sequences.size() >= 4 && next < tasks * parts)
-        fetch_lines(cache_start(layer, step.sequences[next / (g.groups * parts)],
-                                static_cast<int>(next % (g.groups * parts) / parts)),
+        fetch_lines(first_store(layer, step.sequences[next / (g.groups * parts)],
+                                static_cast<int>(next % (g.groups * parts) / parts)).base,
                     layer.cache.group_words() * static_cast<int64_t>(sizeof(uint32_t)));
       const Sequence& s = step.sequences[task / (g.groups * parts)];
       run(s, s.query_from, static_cast<int>(task % (g.groups * parts)));
@@ -362,12 +372,6 @@ void Runtime::attention_phase(Layer& layer, Step& step, int thread) {
   project(layer.o, locals_[thread]->rows.data(), step.num_queries, step.y.data(), step.y_stride, thread);
   pool_.barrier();
   locals_[thread]->pending = Pending::ROWS;
-}
-
-// What `attend` reads first of a group: its ring, or its part of the first page.
-const uint32_t* Runtime::cache_start(const Layer& layer, const Sequence& s, int group) const {
-  const uint32_t* rows = layer.sliding ? rings_.data() + s.row * ring_words_ : pages_.data() + s.pages[0] * page_words_;
-  return rows + layer.offset + group * layer.cache.group_words();
 }
 
 // Tokens begin .. end - 1 of a sequence, heads first_head .. end_head - 1 of one group: softmax over all visible keys.
@@ -397,8 +401,7 @@ void Runtime::attend(Layer& layer, Step& step, const Sequence& s, int group, int
       if (layer.sliding) {
         step.linear(s, shape, group).add_to(b, static_cast<int>(block * BLOCK - s.linear_first) + lane, lane, count);
       } else {
-        uint32_t* page = pages_.data() + s.pages[block] * page_words_ + layer.offset;
-        Store(shape, page, group).add_to(b, lane, lane, count);
+        page(layer, s.pages[block], group).add_to(b, lane, lane, count);
       }
       mine.blocks.push_back(b);
     }

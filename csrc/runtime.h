@@ -141,7 +141,6 @@ class Runtime {
   bool places_itself(const Layer& layer, const Step& step) const;
   void place_group(Layer& layer, Step& step, const Sequence& sequence, int group);
   void attention_phase(Layer& layer, Step& step, int thread);
-  const uint32_t* cache_start(const Layer& layer, const Sequence& sequence, int group) const;
   void attend(Layer& layer, Step& step, const Sequence& sequence, int group, int first_head, int end_head,
               int begin, int end, int thread);
   void write_kept(Layer& layer, Step& step, int thread);
@@ -149,6 +148,8 @@ class Runtime {
   void feed_forward(Layer& layer, Step& step, int thread);
   CacheShape sliding_shape() const;  // of any sliding layer or head
   Store ring(const Layer& layer, int row, int group);
+  Store page(const Layer& layer, int32_t number, int group);
+  Store first_store(const Layer& layer, const Sequence& sequence, int group);
   void gate_up_tile(const Matrix& matrix, int64_t panel, const uint32_t* const* rows, int64_t num_rows, int64_t width,
                     uint32_t* out, int64_t out_stride, Local& mine);
   void dense_phase(Layer& layer, Step& step, int thread);

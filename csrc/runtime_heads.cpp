@@ -161,7 +161,10 @@ void Runtime::copy_row(int source, int target) {
 }
 
 void Runtime::copy_page(int source, int target) {
-  std::memcpy(pages_.data() + target * page_words_, pages_.data() + source * page_words_, page_words_ * sizeof(uint32_t));
+  for (const auto& layer : layers_)
+    for (int group = 0; !layer->sliding && group < layer->cache.groups; ++group)
+      std::memcpy(page(*layer, target, group).base, page(*layer, source, group).base,
+                  layer->cache.group_words() * sizeof(uint32_t));
 }
 
 // Positions that stay beyond what the heads have taken: a draft needs the last one, and a step may take tokens back.
