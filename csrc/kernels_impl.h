@@ -187,8 +187,11 @@ float softmax_block(const float* scores, int first, int last, float scale, float
     sum = Isa::add(sum, p[i]);
   }
   Isa::store(totals, sum);
-  if constexpr (NARROW)
+  if constexpr (NARROW) {
     for (int i = 0; i < N; ++i) p[i] = Isa::mul(p[i], Isa::load(scales.values + i * Isa::LANES));
+    if (first > 0 || last < BLOCK - 1)  // scales of hidden lanes may be anything, infinite or no numbers too
+      for (int i = 0; i < N; ++i) p[i] = Isa::keep(p[i], first - i * Isa::LANES, last - i * Isa::LANES, 0.0f);
+  }
   for (int i = 0; i < N; i += 2) {
     if constexpr (A == Arithmetic::F32) {
       Isa::store(reinterpret_cast<float*>(words) + i * Isa::LANES, p[i]);

@@ -120,9 +120,10 @@ def prove_formats(trained: Path, random: Path, *, num_tokens: int, processes: in
     order_one = compare(random, exact, num_tokens=num_tokens // 40, processes=processes)
     short = compare(trained, others, num_tokens=num_tokens // 10, processes=processes)
     long = compare(trained, narrow, num_tokens=num_tokens, processes=processes)
-    failures = [f"random model, {each.path}" for each in order_one if each.difference > FP32_BAR]
-    failures += [str(each.path) for each in short if each.path in exact and each.share > FP32_BAR]
-    failures += [str(each.path) for each in long if each.mean_kl > each.path.bar]
+    # No number at all is a failure too.
+    failures = [f"random model, {each.path}" for each in order_one if not each.difference <= FP32_BAR]
+    failures += [str(each.path) for each in short if each.path in exact and not each.share <= FP32_BAR]
+    failures += [str(each.path) for each in long if not each.mean_kl <= each.path.bar]
     results = {"random_model": order_one, "trained_model": short, "trained_model_long": long}
     for name, comparisons in results.items():
         print(f"{name.replace('_', ' ')}, {comparisons[0].num_tokens:,} tokens")

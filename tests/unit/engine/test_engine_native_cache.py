@@ -89,6 +89,18 @@ def test_pieces_threads_rejected_tokens_and_copies_change_no_bit(name: str) -> N
     assert (alone == logits).all()
 
 
+def test_what_prompts_left_in_scratch_memory_is_not_read() -> None:
+    """Catches scales of lanes that nobody sees: bytes of an earlier, longer prompt may be no numbers at all as floats."""
+    config = SHAPES["nano"]
+    model, rng = random_model(config), np.random.default_rng(3)
+    runner = make_runner(model, "bf16", cache="int8")
+    prompts = [rng.integers(config.vocab_size, size=n).astype(np.int32) for n in (230, 9, 200, 17, 150, 41, 5, 130, 70)]
+    for number, prompt in enumerate(prompts):
+        logits, _ = feed(runner, prompt, [len(prompt)], row=number % 4)
+        alone, _ = feed(make_runner(model, "bf16", cache="int8"), prompt, [len(prompt)])
+        assert (logits == alone).all()
+
+
 def test_engines_write_the_same_with_drafts_prefix_cache_and_forks() -> None:
     """Catches snapshots and pages whose scales stay behind."""
     config = SHAPES["nano"]
