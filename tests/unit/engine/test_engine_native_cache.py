@@ -90,7 +90,7 @@ def test_pieces_threads_rejected_tokens_and_copies_change_no_bit(name: str) -> N
 
 
 def test_what_prompts_left_in_scratch_memory_is_not_read() -> None:
-    """Catches scales of lanes that nobody sees: bytes of an earlier, longer prompt may be no numbers at all as floats."""
+    """Catches scales of lanes that nobody sees: bytes of an earlier prompt may be no numbers at all as floats."""
     config = SHAPES["nano"]
     model, rng = random_model(config), np.random.default_rng(3)
     runner = make_runner(model, "bf16", cache="int8")
