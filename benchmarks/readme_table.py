@@ -89,6 +89,14 @@ def attention_rows() -> Rows:
     return rows
 
 
+def rows_by_work(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of `openmimo bench`, by work and then by target."""
+    by_work: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        by_work.setdefault(row["work"], {})[row["target"]] = row
+    return by_work
+
+
 def bench_rows() -> Rows:
     """What `openmimo bench WHAT --model M` printed, kept as bench-WHAT-M.json: ours beside every peer of the run."""
     rows: Rows = []
@@ -97,10 +105,7 @@ def bench_rows() -> Rows:
         verb = found["benchmark"].removeprefix("bench ")
         if verb == "mtp":
             continue
-        by_work: dict[str, dict[str, Any]] = {}
-        for row in found["rows"]:
-            by_work.setdefault(row["work"], {})[row["target"]] = row
-        for work, sides in by_work.items():
+        for work, sides in rows_by_work(found).items():
             ours = sides.pop("openmimo")
             peers = [
                 f"{name} {side['tokens_per_s']:,.0f} ({ours['tokens_per_s'] / side['tokens_per_s']:.1f}x)"
@@ -118,11 +123,8 @@ def mtp_rows() -> Rows:
     found = read("bench-mtp-demo")
     if found is None:
         return []
-    by_work: dict[str, dict[str, Any]] = {}
-    for row in found["rows"]:
-        by_work.setdefault(row["work"], {})[row["target"]] = row
     rows: Rows = []
-    for work, sides in by_work.items():
+    for work, sides in rows_by_work(found).items():
         plain, drafts, auto = (sides["openmimo" + name] for name in ("", ", 3 drafts", ", auto drafts"))
         peer = max(side["tokens_per_s"] for name, side in sides.items() if name.startswith("llama.cpp"))
         figure = (

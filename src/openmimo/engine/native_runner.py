@@ -241,7 +241,7 @@ class NativeRunner:
         return StepOutput(logits_MV=logits_MV, routed_experts_NLk=routes)
 
     def prefill_heads(self, rows_S: Int32, starts_S: Int32, counts_S: Int32, next_ids: tuple[Int32, ...]) -> None:
-        """From now on `commit` remembers what it keeps of these rows, and runs the heads over long stretches itself."""
+        """From now on `commit` remembers what it keeps of these rows; the heads run over it when `draft` asks."""
         self.runtime.track(rows_S)
 
     def commit(self, rows_S: Int32, kept_S: Int32) -> None:
