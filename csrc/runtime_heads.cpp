@@ -1,4 +1,5 @@
 // MTP heads, what they remember of each row, and copies of rows and pages.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -156,7 +157,7 @@ void Runtime::rewind(int row, int64_t length) {
 }
 
 void Runtime::copy_row(int source, int target) {
-  std::memcpy(rings_.data() + target * ring_words_, rings_.data() + source * ring_words_, ring_words_ * sizeof(uint32_t));
+  std::copy_n(rings_.data() + source * ring_words_, ring_words_, rings_.data() + target * ring_words_);
   histories_.at(target) = histories_.at(source);
 }
 
@@ -181,7 +182,7 @@ int64_t Runtime::row_state_bytes() const {
 void Runtime::read_row(int row, uint8_t* state) const {
   const History& history = histories_.at(row);
   const auto put = [&](const void* from, int64_t bytes) {
-    std::memcpy(state, from, bytes);
+    std::copy_n(static_cast<const uint8_t*>(from), bytes, state);  // which may be nothing at a null pointer
     state += bytes;
   };
   const auto held = static_cast<int64_t>(history.tokens.size());
@@ -199,7 +200,7 @@ void Runtime::read_row(int row, uint8_t* state) const {
 void Runtime::write_row(int row, const uint8_t* state) {
   History& history = histories_.at(row);
   const auto take = [&](void* to, int64_t bytes) {
-    std::memcpy(to, state, bytes);
+    std::copy_n(state, bytes, static_cast<uint8_t*>(to));
     state += bytes;
   };
   int64_t count = 0, tracked = 0;

@@ -19,10 +19,10 @@ for name in $which; do
   # The runtime library comes before Python, and libstdc++ with it, so that it finds the real __cxa_throw.
   library=$([ "$name" = address ] && echo libasan.so || echo libtsan.so)
   echo "== $sanitizers"
-  # Reports go past pytest, which would keep them. Python itself keeps memory until its end. PyTorch is not instrumented,
-  # so it has one thread.
+  # Reports go past pytest, which would keep them. Python itself keeps memory until its end. PyTorch and
+  # tokenizers are not instrumented, so they have one thread.
   LD_PRELOAD="$("$cxx" -print-file-name="$library") $("$cxx" -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=exitcode=66 \
-    OMP_NUM_THREADS=1 OPENMIMO_NATIVE_FOLDER="$folder" \
+    OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false OPENMIMO_NATIVE_FOLDER="$folder" \
     "$python" -m pytest -q -p no:cacheprovider --capture=sys tests/unit/engine "$@"
 done

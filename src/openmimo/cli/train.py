@@ -1,11 +1,14 @@
-"""`openmimo train {pretrain,sft}`: run a recipe."""
+"""`openmimo train {pretrain,sft,rl,mopd}`: run a recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 train_app = typer.Typer(help="Train from a TOML recipe; every field can be overridden as a dotted key=value.")
 
@@ -41,6 +44,96 @@ def sft(
 ) -> None:
     """Fine-tune: a recipe whose stages are all of kind sft."""
     _run(recipe, overrides or [], out, print_config, only="sft", resume=resume, overwrite=overwrite)
+
+
+@train_app.command("rl")
+def rl(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Reinforcement learning from outcome rewards (GRPO)."""
+    _run_policy(recipe, overrides or [], out, print_config, algorithm="grpo", resume=resume, overwrite=overwrite)
+
+
+@train_app.command("mopd")
+def mopd(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Distill several domain teachers into one student on its own answers (MOPD)."""
+    _run_policy(recipe, overrides or [], out, print_config, algorithm="mopd", resume=resume, overwrite=overwrite)
+
+
+def step_line(record: dict[str, Any], total: int) -> str:
+    """A step's figures in one line."""
+    rewards = " ".join(f"{domain} {value:.0%}" for domain, value in record["rewards"].items())
+    parts = [f"step {record['step']}/{total}", f"reward {rewards}"]
+    if record["divergence"]:
+        gaps = "/".join(f"{value:.3f}" for value in record["divergence"].values())
+        parts.append(f"to teachers {gaps} nats")
+    if record["num_updates"]:
+        parts.append(f"sampler KL {record['mismatch']['kl']:.1e}")
+        parts.append(f"entropy {record['entropy']:.2f}")
+    parts.append(f"{record['acceptance_length']:.2f} tokens per step")
+    parts.append(f"{record['seconds']['all']:.1f} s")
+    if record["num_zeros_alert"]:
+        parts.append(f"num-zeros {record['num_zeros_alert']}")
+    return "  ".join(parts)
+
+
+def print_step(console: Console, total: int) -> Any:
+    """A callback that prints each step's line."""
+    return lambda record: console.print(step_line(record, total), highlight=False, soft_wrap=True)
+
+
+def _run_policy(
+    recipe_path: Path,
+    overrides: list[str],
+    out: Path | None,
+    print_config: bool,
+    *,
+    algorithm: str,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    from rich.console import Console
+
+    from openmimo.config.recipe import load_recipe, to_toml
+    from openmimo.config.rl import RLRecipe
+    from openmimo.errors import ConfigError
+
+    recipe = load_recipe(recipe_path, overrides, RLRecipe)
+    if print_config:
+        typer.echo(to_toml(recipe))
+        return
+    if recipe.algorithm.value != algorithm:
+        raise ConfigError(
+            f"the recipe's algorithm is {recipe.algorithm.value!r}, expected {algorithm!r}; "
+            "use `openmimo train rl` for grpo and `openmimo train mopd` for mopd"
+        )
+
+    from openmimo.rl.loop import PolicyRun
+
+    run = PolicyRun(
+        recipe,
+        out or Path("runs") / recipe.name,
+        resume=resume,
+        overwrite=overwrite,
+        report=print_step(Console(), recipe.steps),
+    )
+    result = run.finish()
+    typer.echo(
+        f"{result.steps} steps, {result.sampled_tokens:,} tokens sampled in {result.seconds:.0f} s; "
+        f"model in {result.model_dir}"
+    )
 
 
 def _run(

@@ -117,7 +117,7 @@ class SourceRecipe:
     path: str = ""
 
     def __post_init__(self) -> None:
-        _require(self, positive=("weight",))
+        demand_numbers(self, positive=("weight",))
         needed, foreign = ("domain", "path") if self.kind is SourceKind.TASK else ("path", "domain")
         if not getattr(self, needed) or getattr(self, foreign):
             raise ConfigError(f"a {self.kind.value} source needs {needed!r} and takes no {foreign!r}")
@@ -142,7 +142,7 @@ class TokenizerRecipe:
     sources: tuple[SourceRecipe, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self, positive=("train_documents",), not_negative=("vocab_size",))
+        demand_numbers(self, positive=("train_documents",), not_negative=("vocab_size",))
         if bool(self.path) == bool(self.vocab_size):
             raise ConfigError(f"got path={self.path!r} and vocab_size={self.vocab_size}; set exactly one of them")
 
@@ -157,7 +157,7 @@ class DataRecipe:
     packing: Packing = Packing.AUTO
 
     def __post_init__(self) -> None:
-        _require(self, positive=("sequence_length", "batch_sequences"))
+        demand_numbers(self, positive=("sequence_length", "batch_sequences"))
         if not self.sources:
             raise ConfigError("sources is empty; add at least one [[data.sources]]")
 
@@ -174,7 +174,7 @@ class OptimizerRecipe:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self, positive=("peak_lr", "eps", "grad_clip"), not_negative=("final_lr", "weight_decay"))
+        demand_numbers(self, positive=("peak_lr", "eps", "grad_clip"), not_negative=("final_lr", "weight_decay"))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas} must be at least 0 and below 1")
 
@@ -204,7 +204,9 @@ class StageRecipe:
 
     def __post_init__(self) -> None:
         weights = ("mtp_loss_weight", "bias_update_rate", "sequence_aux_weight")
-        _require(self, positive=("steps", "lr_start"), not_negative=("warmup_steps", "lr_end", "mtp_heads", *weights))
+        demand_numbers(
+            self, positive=("steps", "lr_start"), not_negative=("warmup_steps", "lr_end", "mtp_heads", *weights)
+        )
         if not self.name:
             raise ConfigError("name is empty; give the stage a name")
         if self.warmup_steps > self.steps:
@@ -221,7 +223,7 @@ class CheckpointRecipe:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        _require(self, positive=("keep",), not_negative=("every_steps",))
+        demand_numbers(self, positive=("keep",), not_negative=("every_steps",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ class LogRecipe:
     every_steps: int = 10
 
     def __post_init__(self) -> None:
-        _require(self, positive=("every_steps",))
+        demand_numbers(self, positive=("every_steps",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +257,7 @@ class TrainRecipe:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        _require(self, not_negative=("seed", "threads"))
+        demand_numbers(self, not_negative=("seed", "threads"))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device={self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
         names = [stage.name for stage in self.stages]
@@ -278,7 +280,7 @@ def _changed(config: _Config, **changes: object) -> _Config:
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
 
 
-def _require(recipe: object, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+def demand_numbers(recipe: object, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Raises: ConfigError unless the named fields are None or finite and above, or at least, 0."""
     for name in (*positive, *not_negative):
         value = getattr(recipe, name)

@@ -2,7 +2,7 @@
 
 from openmimo.engine.engine import Engine, Prompt
 from openmimo.engine.loading import resolve_model_folder
-from openmimo.engine.request import Completion, DraftStats, SamplingParams, StreamEvent
+from openmimo.engine.request import Completion, DraftStats, PartialAnswer, SamplingParams, StreamEvent
 from openmimo.engine.runner import PAGE_TOKENS, RowState, Runner, StepInput, StepOutput
 from openmimo.engine.text import TextCodec
 
@@ -11,6 +11,7 @@ __all__ = [
     "Completion",
     "DraftStats",
     "Engine",
+    "PartialAnswer",
     "Prompt",
     "RowState",
     "Runner",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import numpy as np
 from openmimo.config.model import ModelConfig
 from openmimo.engine.core import Emission, EngineCore
 from openmimo.engine.loading import RunnerOptions, load_tokenizer, open_runner, resolve_model_folder
-from openmimo.engine.request import Completion, SamplingParams, StreamEvent
+from openmimo.engine.request import Completion, PartialAnswer, SamplingParams, StreamEvent
 from openmimo.engine.runner import PAGE_TOKENS, Runner
 from openmimo.engine.sampler import random_state
 from openmimo.engine.sequence import Sequence as Answer
@@ -103,24 +103,67 @@ class Engine:
         self._answers: dict[int, list[Answer]] = {}
         self._unfetched: list[Emission] = []
         self._next_id = iter(range(1 << 62))
+        self._version = [0]  # shared with the views that `with_drafts` gives
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._answers)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, index: int = 0) -> int:
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        index: int = 0,
+        parts: Sequence[PartialAnswer] | None = None,
+    ) -> int:
         """Queue a prompt and return the request's number; `index` is added to the seed.
 
+        With `parts` the request has these answers, which go on where they stopped; prompt and options must be those
+        that they were begun with.
         Raises: RequestError on a prompt that is empty, too long or outside the vocabulary, or options that do not fit.
         """
         params = params or SamplingParams()
         ids = self._prompt_ids(prompt, index)
         self._check_params(params)
+        choices = range(params.n) if parts is None else [self._checked_part(part, ids, params) for part in parts]
         request_id = next(self._next_id)
-        self._answers[request_id] = answers = self._make_answers(request_id, ids, params, index)
-        self._core.add(answers)
+        self._answers[request_id] = answers = self._make_answers(request_id, ids, params, index, choices)
+        for answer, part in zip(answers, parts or (None,) * len(answers), strict=True):
+            if part is not None:
+                answer.restore(part)
+            answer.note_version(self.weights_version)
+        if parts is None:
+            self._core.add(answers)
+        else:
+            for answer in answers:
+                self._core.add([answer])
         return request_id
+
+    def unfinished(self, request_id: int) -> tuple[PartialAnswer, ...]:
+        """The answers of a request that are not finished, as they are now; none if there is no such request."""
+        return tuple(each.partial() for each in self._answers.get(request_id, ()) if each.finish_reason is None)
+
+    def update_weights(self, model: MiMoModel) -> int:
+        """Put a model's weights in place of those there are, and return their version, one more than the last.
+
+        Answers in progress go on under the new weights with the caches they have; no later request starts from what
+        older weights computed. Raises: RequestError if the model is of another shape or the runner's weights are fixed.
+        """
+        self._core.runner.load_weights(model)
+        self._core.scheduler.forget_texts()
+        self._version[0] += 1
+        for answers in self._answers.values():
+            for answer in answers:
+                if answer.finish_reason is None:
+                    answer.note_version(self.weights_version)
+        return self.weights_version
+
+    @property
+    def weights_version(self) -> int:
+        """How often `update_weights` was called."""
+        return self._version[0]
 
     def step(self) -> list[StreamEvent]:
         """Run one step for all requests; every answer that got tokens has one event."""
@@ -172,9 +215,8 @@ class Engine:
         return other
 
     def clear_prefix_cache(self) -> None:
-        """Forget all texts, for example because the weights changed."""
-        if self._core.prefix is not None:
-            self._core.prefix.clear()
+        """Forget all texts."""
+        self._core.scheduler.forget_texts()
 
     @property
     def used_cache_bytes(self) -> int:
@@ -243,7 +285,27 @@ class Engine:
         if outside:
             raise RequestError(f"logit_bias has ids {outside} outside the vocabulary of {self._core.num_tokens} tokens")
 
-    def _make_answers(self, request_id: int, ids: list[int], params: SamplingParams, index: int) -> list[Answer]:
+    def _checked_part(self, part: PartialAnswer, ids: list[int], params: SamplingParams) -> int:
+        """The choice that a part belongs to. Raises: RequestError if it is no unfinished answer to this request."""
+        size, moe = len(part.token_ids), self.config.moe
+        routes = part.routed_experts
+        shape = (len(ids) + size - 1, self.config.num_moe_layers, moe.num_experts_per_token if moe else 0)
+        if size >= params.max_tokens or (params.logprobs and len(part.logprobs) != size):
+            raise RequestError(
+                f"a part has {size} tokens and {len(part.logprobs)} log-probabilities; expected fewer than "
+                f"max_tokens={params.max_tokens}, and one for each"
+            )
+        if params.routed_experts and size and (routes is None or routes.shape != shape):
+            raise RequestError(
+                f"a part has routes {None if routes is None else routes.shape}; expected {shape}, one row per token fed"
+            )
+        if min(part.token_ids, default=0) < 0 or max(part.token_ids, default=0) >= self.config.vocab_size:
+            raise RequestError(f"a part has token ids outside the vocabulary of {self.config.vocab_size}")
+        return part.choice
+
+    def _make_answers(
+        self, request_id: int, ids: list[int], params: SamplingParams, index: int, choices: Iterable[int]
+    ) -> list[Answer]:
         config, moe = self.config, self.config.moe
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -267,7 +329,7 @@ class Engine:
                 routes=np.zeros((len(ids) + 64, *routes_per_token), dtype=routes_dtype),
                 codec=self.tokenizer,
             )
-            for choice in range(params.n)
+            for choice in choices
         ]
 
 

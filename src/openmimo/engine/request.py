@@ -131,6 +131,8 @@ class Completion:
     completion chose; the last token was never fed, so it has none. Every row is valid.
     `finish_reason` is "stop" (a stop token or text) or "length" (`max_tokens`, or no positions or pages left).
     `num_cached_tokens` of the prompt came from the prefix cache or from another choice.
+    `weights_versions` has a pair (place in the answer, version) for every version of the weights that tokens were drawn
+    with, from that place on; one pair unless the weights changed meanwhile.
     """
 
     token_ids: tuple[int, ...]
@@ -142,6 +144,21 @@ class Completion:
     routed_experts: npt.NDArray[np.uint8 | np.uint16] | None = None
     draft: DraftStats = field(default_factory=DraftStats)
     num_cached_tokens: int = 0
+    weights_versions: tuple[tuple[int, int], ...] = ((0, 0),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialAnswer:
+    """An answer that is not finished: what `Engine.unfinished` gives and `Engine.add_request` goes on from.
+
+    `routed_experts` has a row for every token of prompt and answer that was fed, or None if they were not asked for.
+    """
+
+    choice: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    routed_experts: npt.NDArray[np.uint8 | np.uint16] | None = None
+    weights_versions: tuple[tuple[int, int], ...] = ((0, 0),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,15 @@ V vocabulary, L sparse layers, k chosen experts, K MTP heads, W = 2K positions o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from openmimo.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from openmimo.model import MiMoModel
 
 PAGE_TOKENS = 64
 
@@ -101,6 +104,10 @@ class Runner(Protocol):
     @property
     def cache_bytes(self) -> int:
         """Bytes of all rows and pages."""
+        ...
+
+    def load_weights(self, model: MiMoModel) -> None:
+        """Compute with a model's weights from now on, in the runner's format; caches stay as they are."""
         ...
 
     def forward(self, step: StepInput) -> StepOutput:

@@ -84,7 +84,7 @@ class Scheduler:
             if not self._could_free(promised + needed) or not self._make_room(promised + needed):
                 sequence.table.release()
                 if not self.running and not ready:
-                    self._forget_all()  # alone, without any entry, it fits
+                    self.forget_texts()  # alone, without any entry, it fits
                     continue
                 break
             promised += needed
@@ -109,6 +109,13 @@ class Scheduler:
         if sequence.entry is not None:
             self.blocks.give_pages(sequence.entry.pages)
             sequence.entry = None
+
+    def forget_texts(self) -> None:
+        """Drop the prefix cache, and let waiting answers start from their first token."""
+        if self.prefix is not None:
+            self.prefix.clear()
+        for sequence in self.waiting:
+            self.unpin(sequence)
 
     def _find(self, sequence: Sequence) -> PrefixEntry | None:
         if self.prefix is None:
@@ -183,18 +190,12 @@ class Scheduler:
         missing = num_pages - len(self.blocks.free_pages)
         return missing <= 0 or (self.prefix is not None and missing <= self.prefix.num_evictable_pages())
 
-    def _forget_all(self) -> None:
-        if self.prefix is not None:
-            self.prefix.clear()
-        for sequence in self.waiting:
-            self.unpin(sequence)
-
     def _stop_youngest(self, asking: Sequence) -> bool:
         """Free pages: of the youngest running sequence, or what waiting choices would start from."""
         youngest = self.running[-1]
         if youngest is asking and len(self.running) == 1:
             assert any(sequence.entry for sequence in self.waiting), "a sequence that is alone has all pages"
-            self._forget_all()
+            self.forget_texts()
             return True
         self.running.pop()
         self._give_back(youngest)

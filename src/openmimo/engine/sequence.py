@@ -7,7 +7,7 @@ import numpy as np
 from openmimo.engine.blocks import BlockManager, PageTable
 from openmimo.engine.penalties import LogitAdjuster
 from openmimo.engine.prefix import PrefixEntry
-from openmimo.engine.request import Completion, DraftStats, SamplingParams
+from openmimo.engine.request import Completion, DraftStats, PartialAnswer, SamplingParams
 from openmimo.engine.runner import Routes
 from openmimo.engine.text import AnswerText, TextCodec
 
@@ -55,6 +55,7 @@ class Sequence:
         "tokens_since_draft",
         "top_logprobs",
         "verify_seconds",
+        "weights_versions",
     )
 
     def __init__(
@@ -103,6 +104,7 @@ class Sequence:
         self.routes = routes
         self.num_routed = 0
         self.finish_reason: str | None = None
+        self.weights_versions: list[tuple[int, int]] = [(0, 0)]
 
     @property
     def num_answered(self) -> int:
@@ -128,6 +130,30 @@ class Sequence:
             if self.finish_reason is not None:
                 break
         return taken
+
+    def note_version(self, version: int) -> None:
+        """From the next token on, weights of this version draw."""
+        if self.weights_versions[-1][0] == self.num_answered:
+            self.weights_versions.pop()
+        self.weights_versions.append((self.num_answered, version))
+
+    def restore(self, part: PartialAnswer) -> None:
+        """Take up an answer that was begun before: its tokens are computed again, what is recorded of them stays."""
+        self.append(list(part.token_ids))
+        self.logprobs += part.logprobs
+        self.weights_versions = list(part.weights_versions)
+        if part.routed_experts is not None:
+            self.record_routes(0, part.routed_experts)
+
+    def partial(self) -> PartialAnswer:
+        """The answer so far, for `restore`."""
+        return PartialAnswer(
+            choice=self.choice,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            routed_experts=self.routes[: self.num_routed].copy() if self.params.routed_experts else None,
+            weights_versions=tuple(self.weights_versions),
+        )
 
     def record_routes(self, start: int, routes_TLk: Routes) -> None:
         """Keep the experts of the tokens from position `start` on; what is known already stays."""
@@ -155,4 +181,5 @@ class Sequence:
             routed_experts=routes,
             draft=DraftStats(tuple(self.histogram), tuple(self.proposed), self.draft_seconds, self.verify_seconds),
             num_cached_tokens=self.num_reused,
+            weights_versions=tuple(self.weights_versions),
         )

@@ -15,7 +15,7 @@ from openmimo.config.model import ModelConfig
 from openmimo.engine.runner import Int32, Routes, RowState, StepInput, StepOutput
 from openmimo.engine.torch_cache import FlatTokens, TorchCache
 from openmimo.engine.torch_static import StaticDecoder, choose_graphs
-from openmimo.errors import ShapeError
+from openmimo.errors import RequestError, ShapeError
 from openmimo.model import MiMoModel
 
 
@@ -75,6 +75,19 @@ class TorchRunner:
     @property
     def cache_bytes(self) -> int:
         return self.num_rows * self.row_bytes + self.num_pages * self.page_bytes
+
+    @torch.no_grad()
+    def load_weights(self, model: MiMoModel) -> None:
+        """Copy a model's weights into this runner's own; nothing to do for the model that it computes with.
+
+        Raises: RequestError if the shapes are not those of this runner's model.
+        """
+        if model is self.model:
+            return
+        try:
+            self.model.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            raise RequestError(f"the runner cannot take these weights: {error}") from error
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> StepOutput:

@@ -9,6 +9,7 @@ Suffixes as in `engine.runner`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from openmimo.config.model import ModelConfig
 from openmimo.engine import RowState, Runner, StepInput, StepOutput
 from openmimo.engine.runner import Int32
 from openmimo.errors import RequestError
+
+if TYPE_CHECKING:
+    from openmimo.model import MiMoModel
 
 # Multiples of the first, modulo 1, fall evenly whatever their number: means come out as wanted after few steps. The
 # second sets rows apart.
@@ -84,6 +88,9 @@ class ReplayRunner:
     @property
     def cache_bytes(self) -> int:
         return self.inner.cache_bytes
+
+    def load_weights(self, model: MiMoModel) -> None:
+        self.inner.load_weights(model)
 
     def forward(self, step: StepInput) -> StepOutput:
         if self.head_share is not None and not step.starts_S.all():

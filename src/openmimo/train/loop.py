@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -20,12 +17,13 @@ from openmimo.config.recipe import to_toml
 from openmimo.config.train import StageRecipe, TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.data.packing import Batch
-from openmimo.errors import MimoError, TrainingError
+from openmimo.errors import TrainingError
 from openmimo.model import MiMoModel, replicate_mtp_head
 from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train import monitors
 from openmimo.train.device import compute_dtype, pick_device, to_device
 from openmimo.train.initial import initial_model
+from openmimo.train.interrupt import TrainingInterruptedError, interrupt_flag
 from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.report import Reporter
@@ -37,10 +35,6 @@ from openmimo.train.tokenizer import tokenizer_for
 
 # After this many updates in a row with a non-finite gradient the run stops instead of idling.
 MAX_SKIPPED_STEPS = 20
-
-
-class TrainingInterruptedError(MimoError, KeyboardInterrupt):
-    """Ctrl-C, after the state was saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +65,7 @@ def train(
     Ctrl-C (which saves first).
     """
     run = _Run(recipe, run_dir, resume, overwrite, reporter or Reporter())
-    with run.reporter, _interrupt_flag() as interrupted:
+    with run.reporter, interrupt_flag() as interrupted:
         return run.finish(interrupted)
 
 
@@ -277,26 +271,3 @@ class _Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
         (self.run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-@contextmanager
-def _interrupt_flag() -> Generator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; the second acts as usual."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in previous:
-            signal.signal(number, note)
-    except ValueError:  # Not the main thread: the caller handles signals.
-        pass
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in previous.items():
-            if signal.getsignal(number) is note:
-                signal.signal(number, handler)

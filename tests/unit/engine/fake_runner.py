@@ -109,6 +109,9 @@ class FakeRunner:
         self.last: dict[int, tuple[int, np.ndarray]] = {}
         self.num_forwards = 0
 
+    def load_weights(self, model: object) -> None:
+        """A fake has no weights."""
+
     def forward(self, step: StepInput) -> StepOutput:
         assert 0 < len(step.token_ids_N) == step.counts_S.sum() <= self.max_step_tokens
         assert len(set(step.rows_S.tolist())) == len(step.rows_S), "a row twice in a step"

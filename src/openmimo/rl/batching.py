@@ -1,0 +1,161 @@
+"""From trajectories to rows for the model, with the recorded experts beside their tokens.
+
+Suffixes: B rows, T tokens of a row, N answer tokens of a micro-batch, L sparse layers, k chosen experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmimo.errors import TrainingError
+from openmimo.rl.trajectory import Trajectory
+
+# Rows are a multiple of this long, so that products come in few sizes.
+ROW_MULTIPLE = 64
+MIN_ROW = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Packed answers with their prompts. A row's inputs leave out each answer's last token, which nothing follows.
+
+    `next_ids_BT` is the token after each input; `rows_N` are the flat places of the inputs whose next token was
+    sampled, in the order of `order` (indices of the trajectories) and of their tokens. `sequence_N` is the trajectory
+    of each, `versions_N` the version of the weights that drew it.
+    `routes_BTLk` holds recorded experts where `has_routes_BT` is true; elsewhere its entries mean nothing.
+    """
+
+    token_ids_BT: Tensor
+    next_ids_BT: Tensor
+    document_ids_BT: Tensor
+    position_ids_BT: Tensor
+    rows_N: Tensor
+    sequence_N: Tensor
+    sampled_logprobs_N: Tensor
+    temperature_N: Tensor
+    versions_N: Tensor
+    routes_BTLk: Tensor | None
+    has_routes_BT: Tensor
+    order: tuple[int, ...]
+
+    @property
+    def targets_N(self) -> Tensor:
+        return self.next_ids_BT.flatten()[self.rows_N]
+
+    @property
+    def num_tokens(self) -> int:
+        """Inputs that are not padding."""
+        return int((self.document_ids_BT >= 0).sum())
+
+    @property
+    def num_unrouted(self) -> int:
+        """Inputs that are not padding and have no recorded experts: the router chooses for them."""
+        return int(((self.document_ids_BT >= 0) & ~self.has_routes_BT).sum())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The micro-batch where the model is."""
+        if device.type == "cpu":
+            return self
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def pack(
+    trajectories: Sequence[Trajectory],
+    *,
+    max_tokens: int,
+    num_experts: int = 0,
+    chosen: Sequence[int] | None = None,
+) -> list[MicroBatch]:
+    """Micro-batches of at most `max_tokens` places that hold every trajectory, or the `chosen`, once, long ones first.
+
+    Rows are as long as the longest trajectory needs, so one may exceed `max_tokens` alone.
+    Places without routes name different experts in turn, so that padding loads none of the `num_experts` more.
+    Raises: TrainingError when some trajectories have routes and others have none.
+    """
+    indices = range(len(trajectories)) if chosen is None else chosen
+    if not indices:
+        raise TrainingError("no trajectories to train on; sample some first")
+    with_routes = sum(trajectories[index].routes is not None for index in indices)
+    if with_routes not in (0, len(indices)):
+        raise TrainingError(
+            f"{with_routes} of {len(indices)} trajectories have routes; record them for all or for none"
+        )
+    longest = max(trajectories[index].num_inputs for index in indices)
+    width = max(MIN_ROW, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)
+    rows = _fill_rows(trajectories, indices, width)
+    per_batch = max(1, max_tokens // width)
+    return [
+        _micro_batch(trajectories, rows[first : first + per_batch], width, num_experts)
+        for first in range(0, len(rows), per_batch)
+    ]
+
+
+def _fill_rows(trajectories: Sequence[Trajectory], indices: Sequence[int], width: int) -> list[list[int]]:
+    """Each trajectory into the first row with room for it, the longest first."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda index: (-trajectories[index].num_inputs, index)):
+        size = trajectories[index].num_inputs
+        place = next((row for row, free in enumerate(room) if free >= size), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[place].append(index)
+        room[place] -= size
+    return rows
+
+
+def _micro_batch(
+    trajectories: Sequence[Trajectory], rows: Sequence[Sequence[int]], width: int, num_experts: int
+) -> MicroBatch:
+    shape = (len(rows), width)
+    ids, following = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    documents, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+    has_routes, routes = np.zeros(shape, np.bool_), None
+    first_routes = trajectories[rows[0][0]].routes
+    if first_routes is not None:
+        routes = _idle_routes(shape, first_routes.shape[1:], num_experts)
+    places: list[np.ndarray] = []
+    order: list[int] = []
+    for row, indices in enumerate(rows):
+        start = 0
+        for document, index in enumerate(indices):
+            one = trajectories[index]
+            text = np.array(one.prompt.token_ids + one.token_ids, np.int64)
+            end = start + len(text) - 1
+            ids[row, start:end], following[row, start:end] = text[:-1], text[1:]
+            documents[row, start:end], positions[row, start:end] = document, np.arange(len(text) - 1)
+            if routes is not None and one.routes is not None:
+                routes[row, start:end], has_routes[row, start:end] = one.routes, True
+            places.append(row * width + np.arange(end - len(one.token_ids), end))
+            order.append(index)
+            start = end
+    sizes = [len(trajectories[index].token_ids) for index in order]
+    temperatures = np.array([trajectories[index].prompt.temperature for index in order], np.float32)
+    return MicroBatch(
+        token_ids_BT=torch.from_numpy(ids),
+        next_ids_BT=torch.from_numpy(following),
+        document_ids_BT=torch.from_numpy(documents),
+        position_ids_BT=torch.from_numpy(positions),
+        rows_N=torch.from_numpy(np.concatenate(places)),
+        sequence_N=torch.from_numpy(np.repeat(np.array(order), sizes)),
+        sampled_logprobs_N=torch.from_numpy(np.concatenate([trajectories[index].logprobs_R for index in order])),
+        temperature_N=torch.from_numpy(np.repeat(temperatures, sizes)),
+        versions_N=torch.from_numpy(np.concatenate([trajectories[index].versions_R for index in order])),
+        routes_BTLk=None if routes is None else torch.from_numpy(routes.astype(np.int64)),
+        has_routes_BT=torch.from_numpy(has_routes),
+        order=tuple(order),
+    )
+
+
+def _idle_routes(shape: tuple[int, int], routes_shape: tuple[int, ...], num_experts: int) -> np.ndarray:
+    """Different experts for every place without a token, in turn over all experts."""
+    num_layers, choices = routes_shape
+    first = np.arange(shape[0] * shape[1]).reshape(*shape, 1, 1) * choices + np.arange(choices)
+    return np.broadcast_to(first % max(1, num_experts), (*shape, num_layers, choices)).astype(np.uint16)
