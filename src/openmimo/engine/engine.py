@@ -151,6 +151,9 @@ class Engine:
         Answers in progress go on under the new weights with the caches they have; no later request starts from what
         older weights computed. Raises: RequestError if the model is of another shape or the runner's weights are fixed.
         """
+        changes = {name: getattr(self.config, name) for name in ("init_std", "max_positions")}
+        if model.config.replace(**changes) != self.config:
+            raise RequestError("the engine cannot take these weights: their model has another config than its own")
         self._core.runner.load_weights(model)
         self._core.scheduler.forget_texts()
         self._version[0] += 1

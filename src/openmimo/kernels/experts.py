@@ -78,11 +78,12 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_ND, _, _, _, weights_Nk, gate_up_proj, down_proj, gate_up_M2F = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under activation recomputation a second time fails
+        x_ND, _, _, _, weights_Nk, gate_up_proj, down_proj, gate_up_M2F = saved
         hidden, width = down_proj.shape[1:]
         num_pairs = gate_up_M2F.shape[0]
         room = (torch.empty_like(gate_up_M2F), x_ND.new_empty(num_pairs, width), x_ND.new_empty(num_pairs, hidden))
         grads = tuple(torch.empty_like(tensor) for tensor in (x_ND, weights_Nk, gate_up_proj, down_proj))
-        tensors = (*ctx.saved_tensors, grad_ND.contiguous(), *room, *grads)
+        tensors = (*saved, grad_ND.contiguous(), *room, *grads)
         call("experts_backward", *tensors, *ctx.sizes, num_elements=num_pairs * hidden)
         return (*grads, None, None, None)

@@ -48,8 +48,9 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(ctx.saved_tensors[0])
+        (gate_up,) = ctx.saved_tensors  # once: under activation recomputation a second time fails
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         grad_up.copy_(F.silu(gate).mul_(grad))
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))

@@ -92,17 +92,21 @@ class RolloutWorker:
         wanted, allowance, replaced = rollout.prompts, int(rollout.resample * rollout.prompts), 0
         groups, self._finished = self._finished, []
         while True:
-            while len(groups) + len(self._flights) < wanted or (rollout.partial and len(self._flights) < wanted):
-                self._launch(self.scheduler.next())
             if len(groups) >= wanted and self._may_stop():
                 break
+            # What is parked keeps the sampler full; once the step has its groups, only what must finish goes on.
+            ahead = 0 if rollout.partial else len(groups)
+            while len(groups) < wanted and ahead + len(self._flights) < wanted:
+                self._launch(self.scheduler.next())
             for group in self._advance():
                 if not keeps_uniform and replaced < allowance and _is_uniform(group):
                     replaced += 1
                 else:
                     groups.append(group)
-        groups.sort(key=lambda group: group[0].prompt.number)
+        # The oldest first, so that none grows older than it may while it waits for its step.
+        groups.sort(key=lambda group: (min(int(one.versions_R[0]) for one in group), group[0].prompt.number))
         groups, self._finished = groups[:wanted], groups[wanted:]
+        groups.sort(key=lambda group: group[0].prompt.number)
         version = self.sampler.weights_version
         answers = [one for group in groups for one in group]
         mixed = sum(int(one.versions_R[0] != one.versions_R[-1]) for one in answers)

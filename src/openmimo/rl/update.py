@@ -98,9 +98,8 @@ class PolicyUpdater:
         mtp = mtp_loss(output, batch) if self.recipe.mtp_weight and self.model.config.num_mtp_heads else None
         total = loss
         if mtp is not None:
-            # A micro-batch's share of the update's answers, as for the policy's loss.
-            share = float(answers.share_S[list(batch.order)].sum())
-            total = loss + self.recipe.mtp_weight * share * mtp
+            mtp = mtp / answers.lengths_S.sum()
+            total = loss + self.recipe.mtp_weight * mtp
         total.backward()
         self._collect()
         gap = 0.0 if teacher is None else float((logprobs_N.detach() - teacher.logprobs_N).sum())
@@ -229,13 +228,13 @@ def _stats(parts: Sequence[_Part], grad_norm: float, applied: bool) -> UpdateSta
         mismatch=mismatch(logprobs_N, sampled_N, sum(known) / len(known) if known else None),
         masked=sum(part.masked for part in parts) / size,
         entropy=sum(part.entropy for part in parts) / size,
-        mtp_loss=sum(part.mtp for part in parts) / len(parts),
+        mtp_loss=sum(part.mtp for part in parts),
         num_tokens=size,
     )
 
 
 def mtp_loss(output: ModelOutput, batch: MicroBatch) -> Tensor:
-    """Mean cross-entropy of the MTP heads on the sampled answers, which reaches nothing but the heads.
+    """Cross-entropy of the MTP heads, summed over the answers' tokens, mean over the heads; it reaches them alone.
 
     Hidden states, embedding and output head are detached, so drafting follows the policy without pulling at it. Head k
     at position i sees token i + 1 + k and predicts token i + 2 + k.
@@ -255,5 +254,6 @@ def mtp_loss(output: ModelOutput, batch: MicroBatch) -> Tensor:
         wanted_BT = F.pad(is_target_BT[:, shift:] & same_BT, (0, shift))
         rows_N = wanted_BT.flatten().nonzero()[:, 0]
         targets_N = batch.next_ids_BT.flatten()[(rows_N + shift).clamp(max=batch.next_ids_BT.numel() - 1)]
-        losses.append(linear_cross_entropy(hidden_BTD.flatten(0, 1)[rows_N], weight_VD, targets_N))
+        mean = linear_cross_entropy(hidden_BTD.flatten(0, 1)[rows_N], weight_VD, targets_N)
+        losses.append(mean * len(rows_N))
     return torch.stack(losses).mean()
