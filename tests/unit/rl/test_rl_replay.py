@@ -184,7 +184,9 @@ def test_6_padding_is_no_expert_and_expert_0_is_no_padding() -> None:
     """What stands at places without a token changes nothing; a recorded expert 0 is replayed like any other."""
     (batch,) = pack(sampled(), max_tokens=4096, num_experts=EXPERTS)
     assert batch.routes_BTLk is not None
-    garbage = torch.where(batch.has_routes_BT[..., None, None], batch.routes_BTLk, torch.full_like(batch.routes_BTLk, 3))
+    garbage = torch.where(
+        batch.has_routes_BT[..., None, None], batch.routes_BTLk, torch.full_like(batch.routes_BTLk, 3)
+    )
     model = load_model(folder())
     hidden = [
         model(
