@@ -38,9 +38,9 @@ class Layer(str, Enum):
 class Level(IntEnum):
     """What the layers add up to.
 
-    LIMITED: limits, wall clock, empty environment and folder. Holds mistakes, not malice: the program sees what its user
-    sees. FILTERED: no files of others, no network, no signals, no other programs, by Landlock (or a root of its own)
-    and a system call filter. ISOLATED: besides, namespaces of its own, which end with everything that is in them.
+    LIMITED: limits, wall clock, empty environment and folder. Holds mistakes, not malice: the program sees what its
+    user sees. FILTERED: no files of others, no network, no signals, no other programs, by Landlock (or a root of its
+    own) and a system call filter. ISOLATED: besides, namespaces of its own, which end with everything that is in them.
     """
 
     LIMITED = levels.LIMITED

@@ -21,6 +21,8 @@ from openmimo.tasks.sandbox.level import Layer, Level, level_of, read_layers
 from openmimo.tasks.sandbox.stage.program import OUT_OF_MEMORY
 
 START = "import sys; sys.path.insert(0, sys.argv[1]); from stage.start import main; del sys.path[0]; main(sys.argv[2:])"
+# The folder that holds the set-up as a top-level package.
+STAGE_FOLDER = Path(__file__).parent
 START_SECONDS = 10.0
 # After an order to end: how long the launcher gets before it is killed itself, and how long its end may then take.
 ORDER_SECONDS = 0.4
@@ -70,8 +72,8 @@ class ProgramResult:
     """What a program did.
 
     `stdout` and `stderr` are cut at the limit on output; `exit_code` is minus the signal's number where one ended the
-    program, None where it was ended from outside; `seconds` of wall clock from its first line to its end; `all_ended`
-    is False when one of its processes may live on, which only happens below FILTERED.
+    program, None where it was ended from outside; `seconds` of wall clock go from its first line until
+    all its processes had ended; `all_ended` is False when one of them may live on, which only happens below FILTERED.
     """
 
     status: Status
@@ -92,7 +94,7 @@ def run_program(
     required: Level = Level.FILTERED,
     leave_out: Collection[str] = (),
 ) -> ProgramResult:
-    """Run `source` as a Python program of its own, with `stdin` as its input; returns when all its processes have ended.
+    """Run `source` as a Python program of its own, fed with `stdin`; returns when all its processes have ended.
 
     The program gets the standard library, an empty environment and one folder to write into (none at FILTERED without
     a root of its own). What it wrote is to be judged here, by the caller: nothing that it must not know goes in.
@@ -117,9 +119,7 @@ class _Output:
 class _Run:
     """One run, from the start of the launcher to the end of all processes."""
 
-    def __init__(
-        self, source: str, stdin: bytes, limits: Limits, required: Level, leave_out: Collection[str]
-    ) -> None:
+    def __init__(self, source: str, stdin: bytes, limits: Limits, required: Level, leave_out: Collection[str]) -> None:
         self._limits = limits
         self._output = _Output()
         self._status: Status | None = None
@@ -136,7 +136,7 @@ class _Run:
                 "disk_bytes": limits.disk_bytes, "processes": limits.processes, "open_files": limits.open_files,
                 "without": ",".join(leave_out), "folder": tempfile.gettempdir(),
             }  # fmt: skip
-            command = [_python(), "-S", "-s", "-P", "-X", "utf8", "-c", START, str(Path(__file__).parent)]
+            command = [_python(), "-S", "-s", "-P", "-X", "utf8", "-c", START, str(STAGE_FOLDER)]
             try:
                 self._process = subprocess.Popen(
                     [*command, *(f"{name}={value}" for name, value in options.items())],
@@ -153,7 +153,9 @@ class _Run:
             except OSError as error:
                 os.close(report)
                 os.close(control)
-                raise SandboxError(f"the sandbox's process does not start: {error}; free memory or processes") from error
+                raise SandboxError(
+                    f"the sandbox's process does not start: {error}; free memory or processes"
+                ) from error
             finally:
                 os.close(report_end)
                 os.close(control_end)
@@ -192,7 +194,7 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
 
     def follow(self) -> None:
-        """Read until the launcher has ended, which closes the last other end of the report pipe; make it end in time."""
+        """Read until the launcher has ended, which closes the report pipe's last other end; make it end in time."""
         self._listen(time.monotonic() + START_SECONDS, self._has_begun)
         if self._began is not None:
             self._listen(self._began + self._limits.seconds, self._is_decided)
@@ -204,10 +206,11 @@ class _Run:
             self._process.kill()
             self._listen(time.monotonic() + KILL_SECONDS)
         # What is left in the pipes; more than they hold would come from a process that is still there.
-        for pipe in list(self._selector.get_map()):
+        for pipe in self._pipes:
             for _ in range(MAX_PIPE_BYTES // CHUNK):
                 if not self._read(pipe):
                     break
+        self._ended = time.monotonic()
 
     def result(self, required: Level) -> ProgramResult:
         """What happened. Raises: SandboxError when the program never ran."""
@@ -229,16 +232,14 @@ class _Run:
         left, ended = self._told("left"), self._told("ended")
         said = ended if ended is not None else left
         code = int(said) if said is not None else None
-        status = self._status or (
-            Status.OK if code == 0 else Status.MEMORY if code == OUT_OF_MEMORY else Status.ERROR
-        )
+        status = self._status or (Status.OK if code == 0 else Status.MEMORY if code == OUT_OF_MEMORY else Status.ERROR)
         held = read_layers(layers)
         return ProgramResult(
             status=status,
             stdout=bytes(self._output.stdout),
             stderr=bytes(self._output.stderr),
             exit_code=code,
-            seconds=(self._ended or time.monotonic()) - self._began,
+            seconds=self._ended - self._began,
             layers=held,
             level=level_of(held),
             all_ended=Layer.PID_NAMESPACE in held or (not self._open and left is None),
@@ -254,7 +255,6 @@ class _Run:
         """The first reason counts."""
         if self._status is None:
             self._status = status
-            self._ended = self._ended or time.monotonic()
 
     def _listen(self, deadline: float, stop: Callable[[], bool] = lambda: False) -> None:
         while self._open and not stop():
@@ -271,7 +271,8 @@ class _Run:
         except BlockingIOError:
             return False
         if not data:
-            self._selector.unregister(pipe)
+            if pipe in self._selector.get_map():
+                self._selector.unregister(pipe)
             self._open = self._open and pipe != self._report
             return False
         output = self._output
@@ -279,8 +280,6 @@ class _Run:
             output.report += data
             if self._began is None and self._told("ready") is not None:
                 self._began = time.monotonic()
-            if b"\nended" in output.report:
-                self._ended = self._ended or time.monotonic()
             return True
         room = self._limits.output_bytes - len(output.stdout) - len(output.stderr)
         self._pipes[pipe] += data[:room]
@@ -311,13 +310,13 @@ def _python() -> str:
 def _file_of(content: bytes) -> IO[bytes]:
     """An open file without a name that holds `content`, read from its start; sealed where the system can."""
     if sys.platform != "linux":
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         file.write(content)
         file.seek(0)
         return file
     import fcntl
 
-    file = open(os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b", buffering=0)
+    file = open(os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b", buffering=0)  # noqa: SIM115
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]

@@ -33,7 +33,7 @@ _AT_RECURSIVE = 0x8000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(number: int, *arguments: int | bytes | None | ctypes.Array[ctypes.c_char]) -> int:
+def call(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
     """A system call by number; whole numbers are passed as 64-bit words."""
     words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     return _checked(_libc.syscall(ctypes.c_long(number), *words))

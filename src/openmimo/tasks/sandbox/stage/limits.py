@@ -9,9 +9,10 @@ NAMES = ("cpu_seconds", "memory_bytes", "disk_bytes", "processes", "open_files")
 
 
 def apply(numbers: dict[str, int], others: int) -> None:
-    """Set the limits of this process for good: those of NAMES. `others` is how many of the user's processes are not the program's.
+    """Set the limits of this process for good: those of NAMES.
 
-    A system that does not know one of them, or does not let it be set, goes without it.
+    `others` is how many of the user's processes are not the program's. A system that does not know a limit, or does not
+    let it be set, goes without it.
     """
     wanted = {
         "RLIMIT_CPU": numbers["cpu_seconds"],

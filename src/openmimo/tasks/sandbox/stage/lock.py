@@ -107,14 +107,17 @@ class Lock:
         self._try("no_new_privileges", lambda: kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1))
         self._try("no_capabilities", kernel.drop_capabilities)
         if "landlock" not in self.without:
-            try:
-                self.held.update(landlock.restrict(*readable, [files.WORK] if own_root else []))
-            except OSError:
-                pass
+            self._restrict(*readable, [files.WORK] if own_root else [])
         self._try("seccomp", lambda: seccomp.install(allow_tasks=limited))
         if limited or "seccomp" in self.held:
             self.held.add("process_limit")
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+
+    def _restrict(self, read: list[str], listed: list[str], write: list[str]) -> None:
+        try:
+            self.held.update(landlock.restrict(read, listed, write))
+        except OSError:
+            return
 
     def _user_can_read(self) -> bool:
         """Whether the other user may read the standard library: it may lie in a home that is closed to others."""

@@ -81,7 +81,7 @@ def _kill_group(leader: int) -> None:
     try:
         os.killpg(leader, SIGKILL)
     except OSError:
-        pass
+        return
 
 
 def _kill_user(user: tuple[int, int]) -> None:
@@ -122,4 +122,4 @@ def _kill(pid: int) -> None:
     try:
         os.kill(pid, SIGKILL)
     except OSError:
-        pass
+        return

@@ -14,6 +14,9 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 X32_CALLS = 0x40000000
 NAMESPACE_FLAGS = 0x7E020000
 AF_UNIX = 1
+# Requests that have a signal sent to another process when something can be read (SETOWN, SETSIG, SETOWN_EX; the two for
+# sockets), and keys pushed into a terminal.
+REFUSED_REQUESTS = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902, 0x5412, 0x541C)}
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
@@ -59,28 +62,35 @@ def program(column: int, architecture: int, own_pid: int, allow_tasks: bool) -> 
     if not allow_tasks:
         for name in ("clone", "fork", "vfork"):
             steps += [(_EQUAL, 0, 1, number[name]), _fails(errno.EAGAIN)]
-    steps += _only_if(number["clone"], (_ANY_BIT, NAMESPACE_FLAGS), allow_if_true=False)
-    steps += _only_if(number["socketpair"], (_EQUAL, AF_UNIX), allow_if_true=True)
+    steps += _refuse_if(number["clone"], 0, [(_ANY_BIT, NAMESPACE_FLAGS)])
+    steps += _allow_only(number["socketpair"], AF_UNIX)
     for name in ("kill", "tgkill"):
-        steps += _only_if(number[name], (_EQUAL, own_pid), allow_if_true=True)
+        steps += _allow_only(number[name], own_pid)
     # 0 is the caller itself: no other process's limits.
-    steps += _only_if(number["prlimit64"], (_EQUAL, 0), allow_if_true=True)
+    steps += _allow_only(number["prlimit64"], 0)
+    for name, requests in REFUSED_REQUESTS.items():
+        steps += _refuse_if(number[name], 1, [(_EQUAL, request) for request in requests])
     return [*steps, (_RETURN, 0, 0, _ALLOW)]
 
 
-def _only_if(number: int, test: tuple[int, int], *, allow_if_true: bool) -> list[Instruction]:
-    """Refuse call `number` unless its first argument (the low 32 bits) passes the test."""
-    code, operand = test
-    first, second = ((_RETURN, 0, 0, _ALLOW), _fails(errno.EPERM))
-    if not allow_if_true:
-        first, second = second, first
+def _allow_only(number: int, value: int) -> list[Instruction]:
+    """Refuse call `number` unless its first argument (the low 32 bits, all that these calls look at) is `value`."""
     return [
         (_EQUAL, 0, 4, number),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        (code, 0, 1, operand),
-        first,
-        second,
+        (_EQUAL, 0, 1, value),
+        (_RETURN, 0, 0, _ALLOW),
+        _fails(errno.EPERM),
     ]
+
+
+def _refuse_if(number: int, argument: int, tests: list[tuple[int, int]]) -> list[Instruction]:
+    """Refuse call `number` if its argument (the low 32 bits) passes one of the tests."""
+    steps: list[Instruction] = [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument)]
+    for code, operand in tests:
+        steps += [(code, 0, 1, operand), _fails(errno.EPERM)]
+    steps.append((_RETURN, 0, 0, _ALLOW))
+    return [(_EQUAL, 0, len(steps), number), *steps]
 
 
 def _fails(number: int) -> Instruction:

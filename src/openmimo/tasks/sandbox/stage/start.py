@@ -145,10 +145,7 @@ def _launch_program(options: Options, lock: Lock, source: str) -> None:
         os.close(options.control)
         _program(options, lock, source, folder)
         return
-    try:
-        os.setpgid(program, program)
-    except OSError:
-        pass  # the child was faster, and may even have ended
+    _make_leader(program)
     code = wait_for(program, options.control)
     left = end_descendants(program, lock.user if lock.unique_user else None)
     if code is not None:
@@ -192,8 +189,16 @@ def _program(options: Options, lock: Lock, source: str, folder: str) -> None:
     raise SystemExit(run_source(source))
 
 
+def _make_leader(program: int) -> None:
+    """The program does the same; whoever is first, it leads its group before the launcher goes on."""
+    try:
+        os.setpgid(program, program)
+    except OSError:
+        return  # it may even have ended
+
+
 def _kill(pid: int) -> None:
     try:
         os.kill(pid, kernel.SIGKILL)
     except ProcessLookupError:
-        pass
+        return

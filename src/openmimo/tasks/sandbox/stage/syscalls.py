@@ -52,8 +52,9 @@ REFUSED: dict[str, tuple[int, int]] = {
 }
 # Allowed with some arguments alone; see `seccomp`.
 WATCHED: dict[str, tuple[int, int]] = {
-    "clone": (56, 220), "clone3": (435, 435), "fork": (57, -1), "vfork": (58, -1), "kill": (62, 129), "tgkill": (234, 131),
-    "prlimit64": (302, 261), "socketpair": (53, 199),
+    "clone": (56, 220), "clone3": (435, 435), "fork": (57, -1), "vfork": (58, -1), "kill": (62, 129),
+    "tgkill": (234, 131), "prlimit64": (302, 261), "socketpair": (53, 199),
+    "fcntl": (72, 25), "ioctl": (16, 29),
 }
 # fmt: on
 # Calls beyond this one are newer than this table: they do not exist, and the C library does without them.
