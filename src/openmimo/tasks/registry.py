@@ -13,6 +13,7 @@ from openmimo.tasks.knights import Knights
 from openmimo.tasks.orderings import Ordering
 from openmimo.tasks.problem import Problem, Task, in_test, number_from
 from openmimo.tasks.programs import Predict, Synthesize
+from openmimo.tasks.python_programs import PythonFunction
 from openmimo.tasks.retrieval import Needle, Needles, Recall
 
 SPLITS = ("train", "test")
@@ -23,7 +24,7 @@ MAX_REDRAWS = 10_000
 def _registry() -> dict[str, tuple[Task, ...]]:
     everything = (
         Addition(), Subtraction(), Product(), Linear(), Chain(), GreatestDivisor(),
-        Predict(), Synthesize(),
+        Predict(), Synthesize(), PythonFunction(),
         Circuit(), Ordering(), Knights(),
         Needle(), Needles(), Recall(),
     )  # fmt: skip
