@@ -21,13 +21,17 @@ from openmimo.tasks.sandbox.stage import levels
 LEVEL = available_level() or Level.LIMITED
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
 filtered = pytest.mark.skipif(LEVEL < Level.FILTERED, reason=f"this machine holds programs at {LEVEL.name}")
-EVERY_WAY = [(), ("root_namespaces",), ("pid_namespace",), ("pid_namespace", "landlock"), ("pid_namespace", "seccomp")]
+EVERY_WAY = [
+    (), ("root_namespaces",), ("mount_namespace",), ("mount_namespace", "landlock"), ("pid_namespace",),
+    ("pid_namespace", "landlock"), ("pid_namespace", "seccomp"), ("pid_namespace", "seccomp", "landlock", "own_user"),
+]  # fmt: skip
 
 HARMLESS = """
 import sys, json, math, re, random, itertools, collections, datetime, decimal, fractions
 import hashlib, ssl, sqlite3, zoneinfo
 data = json.load(sys.stdin)
 print(sum(data), math.isqrt(99), hashlib.sha256(b"x").hexdigest()[:4], zoneinfo.ZoneInfo("UTC"), __name__)
+with open("/dev/null", "w") as nothing: print(random.SystemRandom().random(), file=nothing)
 print("Grüße", file=sys.stderr)
 """
 

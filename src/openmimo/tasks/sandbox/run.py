@@ -242,7 +242,7 @@ class _Run:
             seconds=self._ended - self._began,
             layers=held,
             level=level_of(held),
-            all_ended=Layer.PID_NAMESPACE in held or (not self._open and left is None),
+            all_ended=not self._open and left is None,
         )
 
     def _has_begun(self) -> bool:

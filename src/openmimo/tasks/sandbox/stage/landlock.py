@@ -33,11 +33,11 @@ def version() -> int:
         return 0
 
 
-def restrict(read: Iterable[str], listed: Iterable[str], write: Iterable[str]) -> list[str]:
+def restrict(read: Iterable[str], listed: Iterable[str], devices: Iterable[str], write: Iterable[str]) -> list[str]:
     """Lock this process, which must have no_new_privs, in; returns the names of the layers that hold.
 
-    `read` is what may be read (with all below it), `listed` folders whose names alone may be listed, `write` where
-    files and folders may be made, changed and removed.
+    `read` is what may be read (with all below it), `listed` folders whose names alone may be listed, `devices`
+    files to read and write, `write` where files and folders may be made, changed and removed.
     Raises: OSError when the kernel refuses.
     """
     abi = version()
@@ -54,6 +54,8 @@ def restrict(read: Iterable[str], listed: Iterable[str], write: Iterable[str]) -
             _allow(ruleset, path, READ_FILE | READ_DIR)
         for path in listed:
             _allow(ruleset, path, READ_DIR)
+        for path in devices:
+            _allow(ruleset, path, every_right & (READ_FILE | WRITE_FILE | TRUNCATE))
         for path in write:
             _allow(ruleset, path, every_right & ~EXECUTE)
         kernel.call(RESTRICT_SELF, ruleset, 0)

@@ -115,7 +115,7 @@ class Lock:
 
     def _restrict(self, read: list[str], listed: list[str], write: list[str]) -> None:
         try:
-            self.held.update(landlock.restrict(read, listed, write))
+            self.held.update(landlock.restrict(read, listed, files.DEVICES, write))
         except OSError:
             return
 
