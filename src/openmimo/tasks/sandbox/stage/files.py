@@ -45,7 +45,7 @@ def readable_paths(paths: Needed, *, own_root: bool) -> tuple[list[str], list[st
 
     A root of its own hides installed packages already.
     """
-    read = list(SHARED)
+    read: list[str] = [*SHARED]
     if own_root:
         return [*read, *paths.library, *paths.shared_libraries], ["/"]
     for folder in paths.shared_libraries:
