@@ -38,6 +38,10 @@ class TaskError(MimoError, ValueError):
     """A task, domain or level that does not exist."""
 
 
+class SandboxError(MimoError, RuntimeError):
+    """A program that cannot be run, or not as safely as was asked for."""
+
+
 class TrainingError(MimoError, RuntimeError):
     """A training run that cannot start or go on."""
 

@@ -46,7 +46,7 @@ def test_canonical_answers_score_one_and_keys_follow_the_split(problem, split) -
 def test_any_text_is_graded_and_only_the_answer_scores(problem, text, prefix) -> None:
     """Catches graders that fail on odd text or reward it."""
     score = grade_response(problem, prefix + text)
-    if score and problem.task != "synthesize":
+    if score and problem.task not in ("synthesize", "python", "expand"):
         assert extract_answer(prefix + text) == tidy(problem.answer)
     assert score in (0.0, 1.0)
 

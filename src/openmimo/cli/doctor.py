@@ -103,6 +103,7 @@ class Report:
     compiler: Compiler
     kernels: Kernels
     sandbox: Sandbox | None
+    program_level: str | None
     extras: tuple[Extra, ...]
     works: tuple[str, ...]
     missing: tuple[Gap, ...]
@@ -141,6 +142,7 @@ def examine() -> Report:
     kernels = _read_kernels()
     extras = tuple(_read_extras())
     usage = shutil.disk_usage(".")
+    sandbox = read_sandbox()
     return Report(
         openmimo=openmimo.__version__,
         python=platform.python_version(),
@@ -152,7 +154,8 @@ def examine() -> Report:
         torch_error=torch_error,
         compiler=compiler,
         kernels=kernels,
-        sandbox=read_sandbox(),
+        sandbox=sandbox,
+        program_level=None if sandbox is None else _read_program_level(),
         extras=extras,
         works=tuple(_works(processor, torch_build, compiler, kernels, extras)),
         missing=tuple(_gaps(processor, torch_build, torch_error, compiler, kernels, extras)),
@@ -176,6 +179,7 @@ def report_facts(report: Report) -> dict[str, list[tuple[str, str]]]:
         "sandbox": [
             ("user namespaces", "unknown" if report.sandbox is None else _yes(report.sandbox.user_namespaces)),
             ("Landlock", "unknown" if report.sandbox is None else f"ABI {report.sandbox.landlock_abi}"),
+            ("untrusted programs", report.program_level or "unknown"),
         ],
     }
     facts["packages"] = [
@@ -246,6 +250,14 @@ def _read_kernels() -> Kernels:
     switched_off = os.environ.get("OPENMIMO_NATIVE") == "0"
     get = "unset OPENMIMO_NATIVE" if switched_off else f"{GET_COMPILER}; CXX=... names another one"
     return Kernels(usable=found.library is not None, status=found.status, get=get)
+
+
+def _read_program_level() -> str | None:
+    """How well an untrusted program is held here, by running an empty one; None where none runs."""
+    from openmimo.tasks.sandbox import available_level
+
+    level = available_level()
+    return None if level is None else level.name.lower()
 
 
 def _read_extras() -> Iterator[Extra]:

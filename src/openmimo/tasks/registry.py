@@ -9,10 +9,12 @@ from openmimo.errors import TaskError, nearest
 from openmimo.tasks.algebra import GreatestDivisor, Linear
 from openmimo.tasks.arithmetic import Addition, Chain, Product, Subtraction
 from openmimo.tasks.circuits import Circuit
+from openmimo.tasks.expressions import Expand
 from openmimo.tasks.knights import Knights
 from openmimo.tasks.orderings import Ordering
 from openmimo.tasks.problem import Problem, Task, in_test, number_from
 from openmimo.tasks.programs import Predict, Synthesize
+from openmimo.tasks.python_programs import PythonFunction
 from openmimo.tasks.retrieval import Needle, Needles, Recall
 
 SPLITS = ("train", "test")
@@ -22,8 +24,8 @@ MAX_REDRAWS = 10_000
 @lru_cache(maxsize=1)
 def _registry() -> dict[str, tuple[Task, ...]]:
     everything = (
-        Addition(), Subtraction(), Product(), Linear(), Chain(), GreatestDivisor(),
-        Predict(), Synthesize(),
+        Addition(), Subtraction(), Product(), Linear(), Chain(), GreatestDivisor(), Expand(),
+        Predict(), Synthesize(), PythonFunction(),
         Circuit(), Ordering(), Knights(),
         Needle(), Needles(), Recall(),
     )  # fmt: skip

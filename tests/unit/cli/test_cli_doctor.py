@@ -45,7 +45,7 @@ def test_json_has_all_sections_with_sane_values() -> None:
     report: dict[str, Any] = json.loads(result.stdout)
     assert set(report) == {
         "openmimo", "python", "system", "processor", "memory", "disk", "torch", "torch_error", "compiler", "kernels",
-        "sandbox", "extras", "works", "missing",
+        "sandbox", "program_level", "extras", "works", "missing",
     }  # fmt: skip
     processor, memory, disk = report["processor"], report["memory"], report["disk"]
     assert 1 <= processor["cores_usable"] <= processor["cores"] == os.cpu_count()
@@ -58,6 +58,7 @@ def test_json_has_all_sections_with_sane_values() -> None:
     assert report["works"][0].startswith("training, decoding")
     if sys.platform == "linux":
         assert report["sandbox"]["landlock_abi"] >= 0
+        assert report["program_level"] in (None, "limited", "filtered", "isolated")
 
 
 @pytest.mark.usefixtures("no_sandbox_probe")

@@ -17,6 +17,8 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shel
 FORBIDDEN_CALLS = {
     "eval", "exec", "__import__", "os.system", "os.popen", "torch.load", "yaml.load", "yaml.unsafe_load",
 }  # fmt: skip
+# Text becomes code in one place alone: the process that the sandbox has locked in.
+ALLOWED = {"openmimo/tasks/sandbox/stage/program.py": ["exec"]}
 FORBIDDEN_KEYWORDS = {"shell", "allow_pickle"}
 
 
@@ -65,7 +67,9 @@ def dotted(node: ast.AST, aliases: dict[str, str]) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT / "src")) for path in SOURCES])
 def test_source_runs_no_data_as_code(path: Path) -> None:
     """A checkpoint, recipe or model answer that could execute something on load."""
-    assert violations(path.read_text(encoding="utf-8")) == []
+    allowed = ALLOWED.get(path.relative_to(ROOT / "src").as_posix(), [])
+    found = violations(path.read_text(encoding="utf-8"))
+    assert [line.rpartition(" ")[2] for line in found] == allowed, found
 
 
 @pytest.mark.parametrize(

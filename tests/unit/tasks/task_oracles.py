@@ -34,7 +34,8 @@ def problems(domain: str, task: str, level: int, count: int, split: str = "train
 
 
 def value(expression: str, x: Fraction = Fraction(0)) -> Fraction:
-    """The value of an expression in digits, + - * /, brackets and x."""
+    """The value of an expression in digits, + - * /, brackets, x and its powers."""
+    expression = re.sub(r"x\^(\d)", lambda match: "*".join("x" * int(match[1])), expression)
     text = re.sub(r"(?<!\d)0+(?=\d)", "", expression.strip())
     text = re.sub(r"(?<=\d)(?=[x(])", "*", text)
     return _value(ast.parse(text, mode="eval").body, x)
@@ -54,7 +55,7 @@ def _value(node: ast.expr, x: Fraction) -> Fraction:
 
 def facts(text: str) -> list[tuple[str, str]]:
     """All `left=right` of a worked answer."""
-    sign = r"[-0-9x+*/]+"
+    sign = r"[-0-9x+*/^]+"
     return re.findall(rf"({sign})=({sign})", text)
 
 
