@@ -34,14 +34,15 @@ SLICE_ELEMENTS = 1 << 20
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     """x @ weight.T over the last dim. Shapes: (..., D) -> (..., O)."""
-    return batched_product(x.reshape(1, -1, x.shape[-1]), weight_OD[None]).view(*x.shape[:-1], -1)
+    x_1ND = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
+    return batched_product(x_1ND, weight_OD[None]).view(*x.shape[:-1], weight_OD.shape[0])
 
 
 def batched_product(x_GMD: Tensor, weight_GOD: Tensor) -> Tensor:
     """x[g] @ weight[g].T for every g. Shapes: -> (G, M, O)."""
     groups, rows = x_GMD.shape[:2]
     ends_G = torch.arange(1, groups + 1) * rows
-    return grouped_product(x_GMD.flatten(0, 1), weight_GOD, ends_G).view(groups, rows, -1)
+    return grouped_product(x_GMD.flatten(0, 1), weight_GOD, ends_G).view(groups, rows, weight_GOD.shape[1])
 
 
 def grouped_product(x_PD: Tensor, weight_GOD: Tensor, ends_G: Tensor) -> Tensor:
@@ -66,15 +67,15 @@ class _GroupedProduct(torch.autograd.Function):
         ends_G = ends_G.to("cpu", torch.int64)
         ends = ends_G.tolist()
         ctx.save_for_backward(x_PD, weight_GOD)
-        ctx.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
-        longest = max(end - begin for begin, end in ctx.ranges)
+        ctx.ranges = list(zip([0, *ends], ends, strict=False))
+        longest = max((end - begin for begin, end in ctx.ranges), default=0)
         out_PO = x_PD.new_zeros(x_PD.shape[0], weight_GOD.shape[1])
         if _has_kernels(x_PD):
             groups, outputs, depth = weight_GOD.shape
             tensors = (x_PD.contiguous(), weight_GOD.contiguous(), ends_G, out_PO)
             work = out_PO.numel() * depth // 64  # products cost less than what the limit of `call` is meant for
             call("invariant_product", *tensors, groups, outputs, depth, longest, num_elements=work)
-        elif all(end - begin == longest for begin, end in ctx.ranges):
+        elif longest and all(end - begin == longest for begin, end in ctx.ranges):
             x_GMD = x_PD[: ends[-1]].unflatten(0, (len(ends), longest))
             out_PO[: ends[-1]] = _product(x_GMD, weight_GOD).flatten(0, 1)
         else:
@@ -86,7 +87,7 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         x_PD, weight_GOD = ctx.saved_tensors
         ranges = ctx.ranges
-        size, end = ranges[0][1], ranges[-1][1]
+        size, end = (ranges[0][1], ranges[-1][1]) if ranges else (0, 0)
         grad_x = grad_weight = None
         if all(stop - begin == size for begin, stop in ranges):
             grad_GMO = grad_PO[:end].unflatten(0, (len(ranges), size))
@@ -135,7 +136,7 @@ def total(x: Tensor) -> Tensor:
 
 def mean_square(x: Tensor) -> Tensor:
     """The mean of squares over the last dim. Shapes: (..., D) -> (..., 1)."""
-    rows_N1D = x.reshape(-1, 1, x.shape[-1])
+    rows_N1D = x.reshape(math.prod(x.shape[:-1]), 1, x.shape[-1])
     # Not a division: on some devices PyTorch replaces that by the inverse anyway.
     return batched_product(rows_N1D, rows_N1D).view(*x.shape[:-1], 1) * (1.0 / x.shape[-1])
 

@@ -12,13 +12,12 @@ from openmimo.kernels import invariant
 from openmimo.kernels import training as kernels
 from openmimo.model.attention import Attention, AttentionPlan
 from openmimo.model.cache import LayerCache
+from openmimo.model.linear import HasInvariantForm
 from openmimo.model.moe import DenseMLP, LayerRouting, SparseMLP
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(HasInvariantForm, nn.Module):
     """Scale to unit mean square in fp32, return to the input dtype, then multiply by the weight."""
-
-    invariant = False
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

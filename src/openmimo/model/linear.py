@@ -1,4 +1,4 @@
-"""The linear map that the model's products go through."""
+"""Modules with an invariant form (see `MiMoModel.set_invariant`), and the linear map of all products."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from openmimo.kernels import invariant
 
 
-class Linear(nn.Linear):
-    """Without bias. `invariant` (see `MiMoModel.set_invariant`) takes sums in an order that no shape changes."""
+class HasInvariantForm:
+    """`invariant` chooses the form whose bits depend on a token's own operands alone."""
 
-    invariant = False
+    invariant: bool = False
+
+
+class Linear(HasInvariantForm, nn.Linear):
+    """Without bias."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

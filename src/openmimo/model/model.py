@@ -16,7 +16,7 @@ from openmimo.errors import ShapeError
 from openmimo.model.attention import AttentionPlan, make_cached_plans, make_plans
 from openmimo.model.block import Block, RMSNorm
 from openmimo.model.cache import Cache
-from openmimo.model.linear import Linear
+from openmimo.model.linear import HasInvariantForm, Linear
 from openmimo.model.moe import LayerRouting, Router
 from openmimo.model.mtp import MTPHead
 
@@ -61,10 +61,8 @@ class ModelOutput:
         return torch.stack([layer.experts_BTk for layer in self.routing], dim=2).to(dtype)
 
 
-class MiMoModel(nn.Module):
+class MiMoModel(HasInvariantForm, nn.Module):
     """MiMo-V2-Flash on one device. Parameters keep Hub names, with q/k/v, gate/up and experts stacked."""
-
-    invariant = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,7 +118,7 @@ class MiMoModel(nn.Module):
         restart with every document. Returns the model.
         """
         for module in self.modules():
-            if hasattr(module, "invariant"):
+            if isinstance(module, HasInvariantForm):
                 module.invariant = invariant
         return self
 

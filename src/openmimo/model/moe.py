@@ -17,13 +17,11 @@ from openmimo.kernels import training as kernels
 from openmimo.kernels.experts import experts as fused_experts
 from openmimo.kernels.experts import experts_usable
 from openmimo.kernels.router import route, router_usable
-from openmimo.model.linear import Linear
+from openmimo.model.linear import HasInvariantForm, Linear
 
 
-class DenseMLP(nn.Module):
+class DenseMLP(HasInvariantForm, nn.Module):
     """SwiGLU with the gate and up projections stacked (gate rows first)."""
-
-    invariant = False
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -68,14 +66,13 @@ class Routing(NamedTuple):
     weights_Nk: Tensor
 
 
-class Router(nn.Module):
+class Router(HasInvariantForm, nn.Module):
     """fp32 sigmoid scores; the bias takes part in the choice of experts and never in their weights.
 
     Source: MiMo-V2-Flash report, section on sparse layers; balance by bias as in DeepSeek-V3.
     """
 
     e_score_correction_bias: Tensor
-    invariant = False
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
@@ -131,15 +128,13 @@ def _sum_choices(x_Nk: Tensor) -> Tensor:
 COPY_COST = 3
 
 
-class Experts(nn.Module):
+class Experts(HasInvariantForm, nn.Module):
     """All experts' SwiGLU weights, stacked; tokens are sorted by expert and each expert runs once.
 
     No capacity limit and no loop over tokens: the sort is the dispatch, its inverse the combine. Each expert's rows
     start at a multiple of `ROW_MULTIPLE`, so that matrix products come in few sizes: libraries that generate code
     per size (oneDNN) would otherwise spend more time on that than on the product, as loads change every step.
     """
-
-    invariant = False
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()

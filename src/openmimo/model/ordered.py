@@ -40,8 +40,9 @@ class OrderedKeys:
 
     def attend(self, q_NQHK: Tensor, k_NSGK: Tensor, v_NSGV: Tensor, sink_H: Tensor | None) -> Tensor:
         """Shapes: -> (N, Q, H, V)."""
-        rows_N1 = torch.arange(k_NSGK.shape[0], device=k_NSGK.device)[:, None]
-        keys, values = k_NSGK[rows_N1, self.slots_NC], v_NSGV[rows_N1, self.slots_NC]
+        num_rows, num_slots = k_NSGK.shape[:2]
+        places_NC = self.slots_NC + num_slots * torch.arange(num_rows, device=k_NSGK.device)[:, None]
+        keys, values = (_take(x.flatten(0, 1), places_NC) for x in (k_NSGK, v_NSGV))
         return attend_in_order(q_NQHK, keys, values, self.visible_NQC, sink_H)
 
 
@@ -93,7 +94,8 @@ class PackedDocuments:
         q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGV))
         outputs: list[Tensor] = []
         for queries_NQ, kept_NQ, keys_NC, visible_NQC in self.batches:
-            out_NQHV = attend_in_order(q[queries_NQ], k[keys_NC], v[keys_NC], visible_NQC, sink_H)
+            keys, values = _take(k, keys_NC), _take(v, keys_NC)
+            out_NQHV = attend_in_order(_take(q, queries_NQ), keys, values, visible_NQC, sink_H)
             outputs.append(out_NQHV[kept_NQ])
         return torch.cat(outputs).index_select(0, self.order_N).unflatten(0, q_BTHK.shape[:2])
 
@@ -158,6 +160,11 @@ def _join(blocks: list[_Block], window_keys: int | None, device: torch.device) -
     return _Batch(query + steps_NQ, kept_NQ, keys_NC, visible_NQC)
 
 
+def _take(x_SHK: Tensor, places_NC: Tensor) -> Tensor:
+    """Shapes: -> (N, C, H, K)."""
+    return x_SHK.index_select(0, places_NC.flatten()).unflatten(0, places_NC.shape)
+
+
 def _visible(positions_NQ: Tensor, ordered_NC: Tensor, window_keys: int | None) -> Tensor:
     distance_NQC = positions_NQ[:, :, None] - ordered_NC[:, None, :]
     visible_NQC = distance_NQC >= 0
@@ -178,12 +185,12 @@ def attend_in_order(
     scores_NGRQC = scores.unflatten(0, (num_blocks, num_groups)).unflatten(2, (-1, num_queries))
     scores_NGRQC = scores_NGRQC.masked_fill(hidden_N11QC, float("-inf"))
     top_NGRQ1 = scores_NGRQC.detach().amax(-1, keepdim=True)
-    if sink_H is not None:
-        sink_GR11 = sink_H.view(num_groups, num_heads // num_groups, 1, 1)
+    sink_GR11 = None if sink_H is None else sink_H.view(num_groups, num_heads // num_groups, 1, 1)
+    if sink_GR11 is not None:
         top_NGRQ1 = torch.maximum(top_NGRQ1, sink_GR11.detach())
     weights_NGRQC = invariant.exponential(scores_NGRQC - top_NGRQ1).masked_fill(hidden_N11QC, 0.0)
     total_NGRQ1 = invariant.total(weights_NGRQC)
-    if sink_H is not None:
+    if sink_GR11 is not None:
         total_NGRQ1 = total_NGRQ1 + invariant.exponential(sink_GR11 - top_NGRQ1)
     weights = weights_NGRQC.flatten(2, 3).flatten(0, 1)
     out = invariant.batched_product(weights, v_NCGV.permute(0, 2, 3, 1).flatten(0, 1))
