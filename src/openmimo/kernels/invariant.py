@@ -5,7 +5,8 @@ the others. Here every operation is made of single IEEE operations in one order,
 alone and in any company, and the C++ kernels and the PyTorch forms give the same bits. Everything is made of two:
 
 - the product: entry d goes to lane d % LANES, every lane adds up its products from 0 in rising order, then lane l takes
-  lane l + 8, l + 4, l + 2, l + 1. Zeros instead of masked entries, or whole blocks of LANES of them, change nothing;
+  lane l + 8, l + 4, l + 2, l + 1, modulo what is left. Zeros for masked entries change nothing, nor do zeros before or
+  behind: they turn the lanes, and halves meet in the same pairs wherever the first lane is;
 - the exponential, a polynomial.
 
 Tensors are fp32; float64, for checks of gradients, takes the PyTorch forms. Gradients are right but not invariant:

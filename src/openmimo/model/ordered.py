@@ -1,8 +1,8 @@
 """Attention whose bits do not depend on where keys are kept, what is masked, or what else is computed.
 
-Keys come in the order of their positions, beginning at a multiple of LANES, and a masked key has probability 0. Sums
-over keys are products of `kernels.invariant`, which such zeros do not change: so a ring, pages, a chunk of a prompt
-and a document among others in a training row give a query the same bits.
+Keys come in the order of their positions and a masked key has probability 0. Sums over keys are products of
+`kernels.invariant`, which zeros before, between and behind do not change: so a ring, pages, a chunk of a prompt and a
+document among others in a training row give a query the same bits.
 
 Suffixes: B rows, T tokens, N blocks of Q queries each, C keys of a block in order, S kept keys, H query heads, G
 key/value heads, K QK dim, V value dim.
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from openmimo.errors import ShapeError
 from openmimo.kernels import invariant
-from openmimo.kernels.invariant import LANES
 
 # Queries of a document that attend together.
 BLOCK_QUERIES = 64
@@ -51,7 +50,7 @@ def order_keys(positions_NQ: Tensor, key_positions_NS: Tensor, window_keys: int 
     last_N = positions_NQ.amax(1)
     begin_N = torch.zeros_like(last_N)
     if window_keys is not None:
-        begin_N = (positions_NQ.amin(1) - window_keys + 1).clamp(min=0) // LANES * LANES
+        begin_N = (positions_NQ.amin(1) - window_keys + 1).clamp(min=0)
     size = int((last_N - begin_N).max()) + 1
     places_NS = key_positions_NS - begin_N[:, None]
     held_NS = (key_positions_NS >= 0) & (places_NS >= 0) & (key_positions_NS <= last_N[:, None])
@@ -101,16 +100,12 @@ class PackedDocuments:
 
 
 class _Block(NamedTuple):
-    """Queries at flat places from `query` on, at positions from `position` on, and keys from position `begin` on.
-
-    A document's first position is `first`; `begin` may lie before it, as it is a multiple of LANES.
-    """
+    """Queries at flat places from `query` on, at positions from `position` on, and keys from position `begin` on."""
 
     query: int
     num_queries: int
     position: int
     begin: int
-    first: int
 
     @property
     def num_keys(self) -> int:
@@ -127,9 +122,8 @@ def _blocks(positions_BT: np.ndarray, ids_BT: np.ndarray, window_keys: int | Non
                 raise ShapeError("an invariant pass needs positions that count up by one within each document")
             for query in range(start, end, BLOCK_QUERIES):
                 position = first + query - start
-                lowest = first if window_keys is None else max(first, position - window_keys + 1)
-                num_queries = min(BLOCK_QUERIES, end - query)
-                yield _Block(row * num_tokens + query, num_queries, position, lowest // LANES * LANES, first)
+                begin = first if window_keys is None else max(first, position - window_keys + 1)
+                yield _Block(row * num_tokens + query, min(BLOCK_QUERIES, end - query), position, begin)
 
 
 def _slices(blocks: list[_Block]) -> Iterator[list[_Block]]:
@@ -137,7 +131,7 @@ def _slices(blocks: list[_Block]) -> Iterator[list[_Block]]:
     batch: list[_Block] = []
     for block in blocks:
         too_many = (len(batch) + 1) * BLOCK_QUERIES * block.num_keys > SLICE_SCORES
-        if batch and (too_many or block.num_keys > 2 * batch[0].num_keys + LANES):
+        if batch and (too_many or block.num_keys > 2 * batch[0].num_keys + BLOCK_QUERIES):
             yield batch
             batch = []
         batch.append(block)
@@ -145,7 +139,7 @@ def _slices(blocks: list[_Block]) -> Iterator[list[_Block]]:
 
 
 def _join(blocks: list[_Block], window_keys: int | None, device: torch.device) -> _Batch:
-    query, num_queries, position, begin, first = (
+    query, num_queries, position, begin = (
         torch.tensor(column, device=device)[:, None] for column in zip(*blocks, strict=True)
     )
     steps_Q = torch.arange(int(num_queries.max()), device=device)
@@ -153,11 +147,9 @@ def _join(blocks: list[_Block], window_keys: int | None, device: torch.device) -
     steps_NQ = torch.minimum(steps_Q, num_queries - 1)  # short blocks repeat their last query
     positions_NQ = position + steps_NQ
     ordered_NC = begin + torch.arange(max(block.num_keys for block in blocks), device=device)
-    visible_NQC = _visible(positions_NQ, ordered_NC, window_keys) & (ordered_NC >= first)[:, None]
-    # A place that no query sees takes the key of the first query: any of the same document will do.
-    seen_NC = (ordered_NC >= first) & (ordered_NC < position + num_queries)
-    keys_NC = torch.where(seen_NC, query + ordered_NC - position, query)
-    return _Batch(query + steps_NQ, kept_NQ, keys_NC, visible_NQC)
+    # Places behind the last query take its key: nobody sees them, and any of the same document will do.
+    keys_NC = query + torch.minimum(ordered_NC, position + num_queries - 1) - position
+    return _Batch(query + steps_NQ, kept_NQ, keys_NC, _visible(positions_NQ, ordered_NC, window_keys))
 
 
 def _take(x_SHK: Tensor, places_NC: Tensor) -> Tensor:
@@ -174,7 +166,7 @@ def _visible(positions_NQ: Tensor, ordered_NC: Tensor, window_keys: int | None) 
 def attend_in_order(
     q_NQHK: Tensor, k_NCGK: Tensor, v_NCGV: Tensor, visible_NQC: Tensor, sink_H: Tensor | None
 ) -> Tensor:
-    """Softmax attention to the visible keys, key C being at a position congruent to C modulo LANES.
+    """Softmax attention to the visible keys, which are in the order of their positions without gaps.
 
     The sink adds exp(sink) to the denominator, behind all keys. Shapes: -> (N, Q, H, V).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from itertools import chain
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from engine_fakes import awkward_prompts, make_engine, plant_drafts, small_model
+from engine_fakes import awkward_prompts, make_engine, plant_drafts, small_config, small_model
 from torch import Tensor
 
 from openmimo.engine import PAGE_TOKENS, Engine, SamplingParams, StepInput
@@ -162,13 +163,15 @@ def drive(runner: WatchedRunner, answers: list[Answer], rng: np.random.Generator
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(4))
 def test_any_way_of_sampling_gives_the_bits_of_a_training_pass(form: str, seed: int) -> None:
-    """Random chunks, company, rows, scattered pages, true and wrong drafts; rings of 8 keys wrap many times.
+    """Random chunks, company, rows, scattered pages, true and wrong drafts; rings of 8 or 40 keys wrap many times.
 
     Catches sums in the order of slots, keys of rejected drafts, masked keys that take part, products by batch, heads
     that keep entries made of drafts: in the logits, the routes and the logits of every head.
     """
     rng = np.random.default_rng(seed)
-    model = small_model(seed=seed).set_invariant()
+    sliding = small_config().sliding_attention
+    sliding = dataclasses.replace(sliding, window_keys=40 if seed % 2 else 8)
+    model = small_model(seed=seed, sliding_attention=sliding).set_invariant()
     lengths = (1, 2, 9, 30, 64, 65, int(rng.integers(66, 200)))
     texts = [rng.integers(0, 256, length).tolist() for length in lengths]
     expected = train_pass(model, texts)

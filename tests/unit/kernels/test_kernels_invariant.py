@@ -101,15 +101,16 @@ def test_groups_are_products_of_their_own(sizes: list[int], behind: int, depth: 
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_masked_entries_and_blocks_of_zeros_change_nothing(form: str) -> None:
-    """What attention relies on: keys before a window's first block, behind the newest, and masked ones in between."""
+@pytest.mark.parametrize("before", [0, 1, 5, 8, 15, 16, 50])
+def test_masked_entries_and_zeros_around_change_nothing(form: str, before: int) -> None:
+    """What attention relies on: any number of keys before a window and behind the newest, masked ones in between."""
     weights_MC, values_VC = random(3, 40).abs(), random(5, 40)
     weights_MC[:, 7:11] = 0.0
     expected = invariant.linear(weights_MC, values_VC)
     other_values = values_VC.clone()
     other_values[:, 7:11] = -random(5, 4)
-    longer = F.pad(other_values, (32, 0), value=-3.0), F.pad(values_VC, (0, 23), value=5.0)
-    assert torch.equal(bits(invariant.linear(F.pad(weights_MC, (32, 0)), longer[0])), bits(expected))
+    longer = F.pad(other_values, (before, 0), value=-3.0), F.pad(values_VC, (0, 23), value=5.0)
+    assert torch.equal(bits(invariant.linear(F.pad(weights_MC, (before, 0)), longer[0])), bits(expected))
     assert torch.equal(bits(invariant.linear(F.pad(weights_MC, (0, 23)), longer[1])), bits(expected))
 
 

@@ -85,9 +85,10 @@ PACKINGS = (
 
 
 @torch.no_grad()
-def test_packing_and_batch_change_no_bit(form: str) -> None:
+@pytest.mark.parametrize("window_keys", [5, 40])
+def test_packing_and_batch_change_no_bit(form: str, window_keys: int) -> None:
     """Catches products by shape, sums over keys from a row's start, and choices that depend on neighbours."""
-    model = random_model(small_config()).set_invariant()
+    model = random_model(small_config(window_keys=window_keys)).set_invariant()
     texts = make_texts(model)
     expected = [run(model, [[0]], [text])[0] for text in texts]
     for packing in PACKINGS:
@@ -100,7 +101,7 @@ def test_packing_and_batch_change_no_bit(form: str) -> None:
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_decoding_with_a_cache_changes_no_bit(form: str, step: int) -> None:
     """Catches sums in the order of a ring's slots, and pages whose empty slots take part."""
-    model = random_model(small_config()).set_invariant()
+    model = random_model(small_config(window_keys=23)).set_invariant()
     tokens_BT = random_tokens(model.config, 3, 90)
     expected = model(tokens_BT)
     cache = Cache(model.config, batch_size=3, step_tokens=step)
