@@ -106,6 +106,11 @@ class Engine:
         self._version = [0]  # shared with the views that `with_drafts` gives
 
     @property
+    def num_tokens(self) -> int:
+        """How many ids, from 0 on, can be chosen: rows of the vocabulary behind the tokenizer's never are."""
+        return self._core.num_tokens
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._answers)

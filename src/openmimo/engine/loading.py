@@ -71,6 +71,10 @@ def open_runner(source: Path | MiMoModel | Runner, options: RunnerOptions) -> Ru
     source = cast("Path | MiMoModel", source)
     on_cpu = isinstance(source, Path) or source.embed_tokens.weight.device.type == "cpu"
     wants_graphs = options.graphs not in ("auto", "off")
+    if not isinstance(source, Path) and source.invariant:
+        if options.kind == "native":
+            raise RequestError("an invariant model keeps its bits with runner='torch' alone; leave runner out")
+        return _open_torch(source, options)
     if options.kind == "native" and wants_graphs:
         raise RequestError(f"graphs={options.graphs!r} needs runner='torch'; the native runner has none, leave it out")
     if options.kind == "native" or (options.kind == "auto" and on_cpu and not wants_graphs):

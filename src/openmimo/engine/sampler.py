@@ -7,11 +7,13 @@ Suffixes: M rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from openmimo.engine.penalties import LogitAdjuster
 from openmimo.engine.request import SamplingParams
 from openmimo.engine.runner import Float32
 
@@ -20,6 +22,8 @@ UInt64 = npt.NDArray[np.uint64]
 
 # Weights are added up in blocks of this many.
 BLOCK = 64
+# Rows whose weights `recorded_logprobs` holds at once.
+SLICE_ROWS = 128
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -66,8 +70,7 @@ class Choices:
     def logprobs(self, start: int, count: int) -> list[float]:
         """Log-probabilities of the tokens of some rows."""
         rows = np.arange(start, start + count)
-        chosen = self.weights_MV[rows, self.tokens_M[rows]].astype(np.float64)
-        return np.log(chosen / self.totals_M[rows]).tolist()
+        return _logarithms(self.weights_MV[rows, self.tokens_M[rows]] / self.totals_M[rows])
 
     def top_logprobs(self, row: int, count: int) -> dict[int, float]:
         """The most probable tokens of one row, best first; fewer than `count` if fewer are possible."""
@@ -88,30 +91,61 @@ def choose(logits_MV: Float32, options: RowOptions) -> Choices:
 
     Rows with temperature 0 take the most probable token, and weigh all tokens at temperature 1.
     """
+    weights_MV, ends_MB = _weigh(logits_MV, options)
+    totals_M = ends_MB[:, -1].copy()
+    drawn_M = _invert(weights_MV, ends_MB, uniforms(options.states_M, options.positions_M))
     is_greedy_M = options.temperature_M == 0.0
-    scale_M = (1.0 / np.where(is_greedy_M, 1.0, options.temperature_M)).astype(np.float32)
-    top_M1 = logits_MV.max(axis=1, keepdims=True)
-    weights_MV = logits_MV - top_M1
-    weights_MV *= scale_M[:, None]
-    np.exp(weights_MV, out=weights_MV)
-    _filter(logits_MV, weights_MV, options, is_greedy_M)
-    numbers_M = uniforms(options.states_M, options.positions_M)
-    drawn_M, totals_M = _invert(weights_MV, numbers_M)
     if is_greedy_M.any():
         drawn_M = np.where(is_greedy_M, logits_MV.argmax(axis=1), drawn_M)
     return Choices(drawn_M, weights_MV, totals_M)
 
 
-def _invert(weights_MV: Float32, numbers_M: Float64) -> tuple[npt.NDArray[np.int64], Float64]:
-    """The token at which the running sum of each row passes its number's share of the total; and the totals.
+def recorded_logprobs(
+    logits_TV: Float32, token_ids: list[int], params: SamplingParams, prompt_ids: Iterable[int] = ()
+) -> list[float]:
+    """The log-probabilities that the engine records for an answer, bit for bit, from the same logits.
+
+    `logits_TV` are what the model gave before each of the answer's tokens, cut to the ids that the engine chooses from
+    (`Engine.num_tokens`). The prompt is needed for `repetition_penalty` alone. A token that the options leave out has
+    minus infinity.
+    """
+    if params.penalized or params.logit_bias:
+        logits_TV = logits_TV.copy()
+        LogitAdjuster(params, prompt_ids).apply_window(logits_TV, token_ids[:-1])
+    ids_T = np.array(token_ids, dtype=np.int64)
+    logprobs: list[float] = []
+    for start in range(0, len(ids_T), SLICE_ROWS):
+        ids_M = ids_T[start : start + SLICE_ROWS]
+        options = RowOptions.make([(params, 0, 0, len(ids_M))])
+        weights_MV, ends_MB = _weigh(logits_TV[start : start + SLICE_ROWS], options)
+        logprobs += _logarithms(weights_MV[np.arange(len(ids_M)), ids_M] / ends_MB[:, -1])
+    return logprobs
+
+
+def _weigh(logits_MV: Float32, options: RowOptions) -> tuple[Float32, Float64]:
+    """What every token's probability is proportional to, and the sum up to the end of every block of tokens."""
+    is_greedy_M = options.temperature_M == 0.0
+    scale_M = (1.0 / np.where(is_greedy_M, 1.0, options.temperature_M)).astype(np.float32)
+    weights_MV = logits_MV - logits_MV.max(axis=1, keepdims=True)
+    weights_MV *= scale_M[:, None]
+    np.exp(weights_MV, out=weights_MV)
+    _filter(logits_MV, weights_MV, options, is_greedy_M)
+    sums_MB = np.add.reduceat(weights_MV, np.arange(0, weights_MV.shape[1], BLOCK), axis=1, dtype=np.float64)
+    return weights_MV, sums_MB.cumsum(axis=1)
+
+
+def _logarithms(shares: Float64) -> list[float]:
+    """One number at a time: the last bit of numpy's logarithm is not the C library's."""
+    return [math.log(share) if share > 0.0 else -math.inf for share in shares.tolist()]
+
+
+def _invert(weights_MV: Float32, ends_MB: Float64, numbers_M: Float64) -> npt.NDArray[np.int64]:
+    """The token at which the running sum of each row passes its number's share of the total.
 
     Sums of blocks come first, so only one block per row is added up token by token.
     """
     rows_M1 = np.arange(len(weights_MV))[:, None]
-    size = weights_MV.shape[1]
-    sums_MB = np.add.reduceat(weights_MV, np.arange(0, size, BLOCK), axis=1, dtype=np.float64)
-    ends_MB = sums_MB.cumsum(axis=1)
-    totals_M = ends_MB[:, -1].copy()
+    size, totals_M = weights_MV.shape[1], ends_MB[:, -1]
     # A target below the total, and `<=`, skip what weighs 0: its sum equals its predecessor's.
     target_M1 = np.minimum(numbers_M * totals_M, np.nextafter(totals_M, 0.0))[:, None]
     block_M1 = (ends_MB <= target_M1).sum(axis=1, keepdims=True)
@@ -122,7 +156,7 @@ def _invert(weights_MV: Float32, numbers_M: Float64) -> tuple[npt.NDArray[np.int
     count_M = (before_M1 + inside_MC.cumsum(axis=1) <= target_M1).sum(axis=1)
     # Added in another order, the block may end a rounding error below the target: then its last possible token.
     last_M = BLOCK - 1 - (inside_MC[:, ::-1] > 0).argmax(axis=1)
-    return block_M1[:, 0] * BLOCK + np.minimum(count_M, last_M), totals_M
+    return block_M1[:, 0] * BLOCK + np.minimum(count_M, last_M)
 
 
 def _filter(logits_MV: Float32, weights_MV: Float32, options: RowOptions, is_greedy_M: npt.NDArray[np.bool_]) -> None:

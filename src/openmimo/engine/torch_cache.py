@@ -18,7 +18,11 @@ from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.engine.runner import PAGE_TOKENS, Int32
 from openmimo.model import MiMoModel
 from openmimo.model.attention import AttentionPlan, attend, with_sink_columns
+from openmimo.model.ordered import OrderedKeys, order_keys
 from openmimo.model.rope import rotary_tables
+
+# Which keys queries see: an additive mask, or in invariant passes the keys in the order of their positions.
+Visible = Tensor | OrderedKeys
 
 # Sequences with at most this many tokens in a step are padded to one another.
 PADDED_TOKENS = 8
@@ -90,37 +94,46 @@ class TorchCache:
         q_STHK: Tensor,
         k_STGK: Tensor,
         v_STGV: Tensor,
-        bias_STC: Tensor,
+        visible: Visible,
         sink_H: Tensor | None,
     ) -> Tensor:
         """Attention to what the rows' ring holds and, behind it, to new tokens. Shapes: -> (S, T, H, V)."""
         k_SCGK = torch.cat((self.ring_k_RLCGK[:, ring][rows_S], k_STGK), dim=1)
         v_SCGV = torch.cat((self.ring_v_RLCGV[:, ring][rows_S], v_STGV), dim=1)
-        bias_STC = with_sink_columns(bias_STC) if sink_H is not None else bias_STC
-        return attend(q_STHK, k_SCGK, v_SCGV, bias=bias_STC, sink_H=sink_H)
+        return _attend(q_STHK, k_SCGK, v_SCGV, visible, sink_H)
 
     def write_ring(self, ring: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.ring_k_RLCGK[:, ring][rows, slots] = k
         self.ring_v_RLCGV[:, ring][rows, slots] = v
 
     def attend_pages(
-        self, layer: int, pages_SP: Tensor, q_STHK: Tensor, bias_STC: Tensor, sink_H: Tensor | None
+        self, layer: int, pages_SP: Tensor, q_STHK: Tensor, visible: Visible, sink_H: Tensor | None
     ) -> Tensor:
         """Attention to all positions of the page tables. Shapes: -> (S, T, H, V)."""
         k_SCGK = self.page_k_PLTGK[:, layer][pages_SP].flatten(1, 2)
         v_SCGV = self.page_v_PLTGV[:, layer][pages_SP].flatten(1, 2)
-        bias_STC = with_sink_columns(bias_STC) if sink_H is not None else bias_STC
-        return attend(q_STHK, k_SCGK, v_SCGV, bias=bias_STC, sink_H=sink_H)
+        return _attend(q_STHK, k_SCGK, v_SCGV, visible, sink_H)
 
     def write_pages(self, layer: int, page_ids: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.page_k_PLTGK[:, layer][page_ids, slots] = k
         self.page_v_PLTGV[:, layer][page_ids, slots] = v
 
 
+def _attend(q_STHK: Tensor, k_SCGK: Tensor, v_SCGV: Tensor, visible: Visible, sink_H: Tensor | None) -> Tensor:
+    if isinstance(visible, OrderedKeys):
+        return visible.attend(q_STHK, k_SCGK, v_SCGV, sink_H)
+    bias_STC = with_sink_columns(visible) if sink_H is not None else visible
+    return attend(q_STHK, k_SCGK, v_SCGV, bias=bias_STC, sink_H=sink_H)
+
+
 class CachedTokens(ABC):
-    """The tokens of one pass over a cache: where each attends, and where its keys are written."""
+    """The tokens of one pass over a cache: where each attends, and where its keys are written.
+
+    `static` and `invariant` choose forms: see `AttentionPlan` and `MiMoModel.set_invariant`.
+    """
 
     static = False
+    invariant = False
 
     def __init__(self, config: ModelConfig, cache: TorchCache) -> None:
         self.config, self.cache = config, cache
@@ -154,18 +167,18 @@ class CachedTokens(ABC):
     def make_plans(self, positions_N: Tensor) -> None:
         """Rotary tables, once for all layers of a kind."""
         for kind in AttentionKind:
-            theta = self.config.attention(kind).rope_theta
-            cos, sin = rotary_tables(positions_N[None], self.config.rotary_dim(kind), theta)
+            theta, dim = self.config.attention(kind).rope_theta, self.config.rotary_dim(kind)
+            cos, sin = rotary_tables(positions_N[None], dim, theta, is_invariant=self.invariant)
             self.plans[kind] = AttentionPlan(kind, cos, sin, None, static=self.static)
 
     def _layer_plan(self, kind: AttentionKind, number: int) -> AttentionPlan:
         """The plan of layer `number` among those of its kind."""
         function = self.attend_ring if kind is AttentionKind.SLIDING else self.attend_pages
 
-        def attend_cached(q: Tensor, k: Tensor, v: Tensor, sink_H: Tensor | None) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, sink_H: Tensor | None) -> Tensor:
             return function(number, q[0], k[0], v[0], sink_H)[None]
 
-        return replace(self.plans[kind], attend_cached=attend_cached)
+        return replace(self.plans[kind], attend=attend)
 
 
 def ring_positions(starts_S: Tensor, num_slots: int) -> Tensor:
@@ -191,15 +204,15 @@ class _Group:
     """Sequences that attend together.
 
     `places_ST` are the flat places of their tokens, short ones padded with their last; the output at
-    `kept_ST` goes to `targets_n`. `ring_bias` and `page_bias` are additive masks, `pages_SP` the page tables.
+    `kept_ST` goes to `targets_n`. `in_ring` and `in_pages` say which keys are seen, `pages_SP` are the page tables.
     """
 
     rows_S: Tensor
     places_ST: Tensor
     kept_ST: Tensor
     targets_n: Tensor
-    ring_bias: Tensor
-    page_bias: Tensor | None
+    in_ring: Visible
+    in_pages: Visible | None
     pages_SP: Tensor | None
 
 
@@ -217,8 +230,11 @@ class FlatTokens(CachedTokens):
         starts_S: Int32,
         counts_S: Int32,
         page_tables: tuple[Int32, ...] | None = None,
+        *,
+        invariant: bool = False,
     ) -> None:
         super().__init__(config, cache)
+        self.invariant = invariant
         self.rows_S, self.starts_S, self.counts_S = rows_S, starts_S, counts_S
         self.offsets_S = np.cumsum(counts_S) - counts_S
         self.sequence_N = np.repeat(np.arange(len(counts_S)), counts_S)
@@ -232,7 +248,7 @@ class FlatTokens(CachedTokens):
         out_NHV = q_NHK.new_empty(*q_NHK.shape[:2], v_NGV.shape[-1])
         for group in self.groups:
             q_STHK, k_STGK, v_STGV = (x[group.places_ST] for x in (q_NHK, k_NGK, v_NGV))
-            out_STHV = self.cache.attend_ring(ring, group.rows_S, q_STHK, k_STGK, v_STGV, group.ring_bias, sink_H)
+            out_STHV = self.cache.attend_ring(ring, group.rows_S, q_STHK, k_STGK, v_STGV, group.in_ring, sink_H)
             out_NHV[group.targets_n] = out_STHV[group.kept_ST]
         k_nGK, v_nGV = k_NGK[self.ring_places_n], v_NGV[self.ring_places_n]
         self.cache.write_ring(ring, self.ring_rows_n, self.ring_slots_n, k_nGK, v_nGV)
@@ -243,9 +259,9 @@ class FlatTokens(CachedTokens):
         out_NHV = q_NHK.new_empty(*q_NHK.shape[:2], v_NGV.shape[-1])
         for group in self.groups:
             assert group.pages_SP is not None
-            assert group.page_bias is not None
+            assert group.in_pages is not None
             q_STHK = q_NHK[group.places_ST]
-            out_STHV = self.cache.attend_pages(layer, group.pages_SP, q_STHK, group.page_bias, sink_H)
+            out_STHV = self.cache.attend_pages(layer, group.pages_SP, q_STHK, group.in_pages, sink_H)
             out_NHV[group.targets_n] = out_STHV[group.kept_ST]
         return out_NHV
 
@@ -281,21 +297,25 @@ class FlatTokens(CachedTokens):
         on_device = torch.from_numpy(kept_ST).to(self.cache.device)
         old_SC = ring_positions(self.tensor(self.starts_S[members_S]), self.cache.num_slots)
         keys_SC = torch.cat((old_SC, positions_ST.masked_fill(~on_device, -1)), dim=1)
-        window_keys, dtype = self.config.sliding_attention.window_keys, self.cache.dtype
-        pages_SP = page_bias = None
+        pages_SP = in_pages = None
         if self.page_tables is not None:
             pages_SP = self._pages(members_S)
             keys_1C = torch.arange(pages_SP.shape[1] * PAGE_TOKENS, device=self.cache.device)[None]
-            page_bias = visible_bias(positions_ST, keys_1C, None, dtype)
+            in_pages = self._visible(positions_ST, keys_1C.expand(len(members_S), -1), None)
         return _Group(
             rows_S=self.tensor(self.rows_S[members_S]),
             places_ST=self.tensor(places_ST),
             kept_ST=on_device,
             targets_n=self.tensor(places_ST[kept_ST]),
-            ring_bias=visible_bias(positions_ST, keys_SC, window_keys, dtype),
-            page_bias=page_bias,
+            in_ring=self._visible(positions_ST, keys_SC, self.config.sliding_attention.window_keys),
+            in_pages=in_pages,
             pages_SP=pages_SP,
         )
+
+    def _visible(self, positions_ST: Tensor, keys_SC: Tensor, window_keys: int | None) -> Visible:
+        if self.invariant:
+            return order_keys(positions_ST, keys_SC, window_keys)
+        return visible_bias(positions_ST, keys_SC, window_keys, self.cache.dtype)
 
     def _pages(self, members_S: np.ndarray) -> Tensor:
         """The members' page tables, padded with page 0, whose keys lie behind every query."""

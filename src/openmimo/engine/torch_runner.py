@@ -37,10 +37,11 @@ class TorchRunner:
     """The model's own layers on flat tokens, over rings and pages.
 
     Matrix libraries choose their kernel by shape, so logits of a token may differ in the last bit with what else is in
-    the step: near ties can resolve differently from batch to batch.
+    the step: near ties can resolve differently from batch to batch. Not so with an invariant model
+    (`MiMoModel.set_invariant`), whose bits here are those of its training pass; it runs without graphs.
     `graphs` says how decode steps run: "cuda" replays CUDA graphs, "compile" runs them through `torch.compile`, "off"
     as prompts do; "auto" is "cuda" on CUDA and "off" elsewhere. Both prepare a step's shape when it first occurs.
-    Raises: RequestError on other words, or for "cuda" where the model is not on CUDA.
+    Raises: RequestError on other words, for "cuda" where the model is not on CUDA, or for graphs of an invariant model.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class TorchRunner:
         self.model = model
         self.num_rows, self.num_pages, self.max_step_tokens = num_rows, num_pages, max_step_tokens
         weight = model.embed_tokens.weight
-        self.graphs = choose_graphs(graphs, weight.device)
+        if model.invariant and graphs not in ("auto", "off"):
+            raise RequestError(f"graphs={graphs!r} would not keep an invariant model's bits; leave it out")
+        self.graphs = "off" if model.invariant else choose_graphs(graphs, weight.device)
         rooms = {"num_rows": num_rows, "num_pages": num_pages}
         self._static: StaticDecoder | None = None
         with torch.inference_mode():
@@ -98,7 +101,7 @@ class TorchRunner:
             output, offsets_S, num_places = self._static.forward(step)
             self._last = _Forward(rows_S, starts_S, offsets_S, self._static.hidden_ND, num_places)
             return output
-        tokens = FlatTokens(self.config, self.cache, rows_S, starts_S, counts_S, step.page_tables)
+        tokens = self._tokens(rows_S, starts_S, counts_S, step.page_tables)
         hidden_ND, experts = tokens.run_layers(self.model, tokens.tensor(step.token_ids_N))
         self._last = _Forward(rows_S, starts_S, tokens.offsets_S, hidden_ND)
         wanted_MD = hidden_ND[tokens.tensor(step.logits_M)]
@@ -113,7 +116,7 @@ class TorchRunner:
             some_S = counts_now_S > 0
             if not some_S.any():
                 return
-            tokens = FlatTokens(self.config, self.cache, rows_S[some_S], starts_S[some_S], counts_now_S[some_S])
+            tokens = self._tokens(rows_S[some_S], starts_S[some_S], counts_now_S[some_S])
             hidden_ND = torch.cat(
                 [self._hidden_at(rows_S[s], starts_S[s], counts_now_S[s]) for s in np.flatnonzero(some_S)]
             )
@@ -144,7 +147,7 @@ class TorchRunner:
             return self._static.draft(rows_S, lengths_S, tokens_SW)
         counts_S = np.minimum(lengths_S, width).astype(np.int32)
         starts_S = (lengths_S - counts_S).astype(np.int32)
-        tokens = FlatTokens(self.config, self.cache, rows_S, starts_S, counts_S)
+        tokens = self._tokens(rows_S, starts_S, counts_S)
         slots_N = tokens.tensor(tokens.positions_N % self.cache.history_RWD.shape[1])
         hidden_ND = self.cache.history_RWD[tokens.tensor(rows_S[tokens.sequence_N]), slots_N]
         last_S = tokens.tensor(tokens.offsets_S + counts_S - 1)
@@ -174,6 +177,12 @@ class TorchRunner:
     def write_row(self, row: int, state: RowState) -> None:
         for rows, array in zip(self.cache.row_tensors, state.arrays, strict=True):
             rows[row] = torch.from_numpy(array).to(rows.device).view(rows.dtype).view(rows.shape[1:])
+
+    def _tokens(
+        self, rows_S: Int32, starts_S: Int32, counts_S: Int32, page_tables: tuple[Int32, ...] | None = None
+    ) -> FlatTokens:
+        invariant = self.model.invariant
+        return FlatTokens(self.config, self.cache, rows_S, starts_S, counts_S, page_tables, invariant=invariant)
 
     def _run_head(self, head: int, hidden_ND: Tensor, ids_N: np.ndarray, tokens: FlatTokens) -> Tensor:
         return tokens.run_head(self.model, head, hidden_ND, tokens.tensor(ids_N))

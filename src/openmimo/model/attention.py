@@ -19,6 +19,8 @@ from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
 from openmimo.errors import ShapeError
 from openmimo.kernels import training as kernels
 from openmimo.model.cache import Cache, LayerCache
+from openmimo.model.linear import Linear
+from openmimo.model.ordered import PackedDocuments, order_keys
 from openmimo.model.rope import rotary_tables, rotate
 
 # The sink's key is padded to a multiple that matrix products like; the other columns are masked.
@@ -36,7 +38,8 @@ class AttentionPlan:
     `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per block, for
     cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries.
     With `first_key_BT`, the first key that each query sees, the fused kernel runs and there are no masks at all.
-    A caller that keeps the keys itself brings `attend_cached`: (q_BTHK, k_BTGK, v_BTGV, sink_H) -> (B, T, H, V).
+    With `attend`, (q_BTHK, k_BSGK, v_BSGV, sink_H) -> (B, T, H, V), that takes the place of all forms here: callers
+    that keep the keys themselves bring one, and so do invariant passes (`ordered`).
     `static` asks for forms whose shapes and control flow do not depend on values, as CUDA graphs need.
     """
 
@@ -48,7 +51,7 @@ class AttentionPlan:
     block_tokens: int = 0
     cached: bool = False
     first_key_BT: Tensor | None = None
-    attend_cached: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
     static: bool = False
 
 
@@ -65,8 +68,8 @@ class Attention(nn.Module):
         self.value_scale = config.value_scale
         g = self.geometry
         self.split_sizes = (g.num_heads * g.qk_head_dim, g.num_kv_heads * g.qk_head_dim, g.num_kv_heads * g.v_head_dim)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=False)
-        self.o_proj = nn.Linear(g.num_heads * g.v_head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.split_sizes))
+        self.o_proj = Linear(g.num_heads * g.v_head_dim, config.hidden_size)
         self.attention_sink_bias = nn.Parameter(torch.zeros(g.num_heads)) if g.sink else None
 
     def forward(self, x_BTD: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
@@ -78,14 +81,14 @@ class Attention(nn.Module):
         q_BTHK = rotate(q.unflatten(-1, (g.num_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
         k_BTGK = rotate(k.unflatten(-1, (g.num_kv_heads, g.qk_head_dim)), plan.cos_BT1R, plan.sin_BT1R)
         v_BTGV = v.unflatten(-1, (g.num_kv_heads, g.v_head_dim)) * self.value_scale
-        if plan.attend_cached is not None:
-            return self.o_proj(plan.attend_cached(q_BTHK, k_BTGK, v_BTGV, self.attention_sink_bias).flatten(-2))
         if cache is not None:
             cache.write(k_BTGK, v_BTGV)
         if plan.cached:
             assert cache is not None
             k_BTGK, v_BTGV = cache.read()
-        if plan.row_biases:
+        if plan.attend is not None:
+            out_BTHV = plan.attend(q_BTHK, k_BTGK, v_BTGV, self.attention_sink_bias)
+        elif plan.row_biases:
             out_BTHV = attend_row_blocks(
                 q_BTHK, k_BTGK, v_BTGV, biases=plan.row_biases, sink_H=self.attention_sink_bias
             )
@@ -332,18 +335,23 @@ def make_plans(
     dtype: torch.dtype,
     *,
     writes_cache: bool = False,
+    is_invariant: bool = False,
 ) -> dict[AttentionKind, AttentionPlan]:
     """Rotary tables and masks for a whole-sequence pass, made once and shared by all layers and MTP heads.
 
     Without `document_ids_BT` each row is one document. The fused kernel keeps keys to itself, so a pass that fills a
-    cache (`writes_cache`) does without it.
+    cache (`writes_cache`) does without it. `is_invariant`: see `MiMoModel.set_invariant`.
     """
-    fused = not writes_cache and kernels.available(dtype, position_ids_BT.device)
+    fused = not writes_cache and not is_invariant and kernels.available(dtype, position_ids_BT.device)
     plans: dict[AttentionKind, AttentionPlan] = {}
     for kind in AttentionKind:
         geometry = config.attention(kind)
-        cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
-        if fused:
+        theta, dim = geometry.rope_theta, config.rotary_dim(kind)
+        cos, sin = rotary_tables(position_ids_BT, dim, theta, is_invariant=is_invariant)
+        if is_invariant:
+            documents = PackedDocuments(position_ids_BT, document_ids_BT, geometry.window_keys)
+            plans[kind] = AttentionPlan(kind, cos, sin, None, attend=documents.attend)
+        elif fused:
             ids = torch.zeros_like(position_ids_BT) if document_ids_BT is None else document_ids_BT
             first_BT = first_visible_keys(ids, geometry.window_keys)
             cos, sin = cos.to(dtype).float(), sin.to(dtype).float()  # rounded as in the unfused form
@@ -362,14 +370,19 @@ def make_plans(
 
 
 def make_cached_plans(
-    config: ModelConfig, position_ids_BT: Tensor, cache: Cache, dtype: torch.dtype
+    config: ModelConfig, position_ids_BT: Tensor, cache: Cache, dtype: torch.dtype, *, is_invariant: bool = False
 ) -> dict[AttentionKind, AttentionPlan]:
     """Rotary tables and one mask row per query for a few new tokens on top of a cache."""
     plans: dict[AttentionKind, AttentionPlan] = {}
     for kind in AttentionKind:
         geometry = config.attention(kind)
-        cos, sin = rotary_tables(position_ids_BT, config.rotary_dim(kind), geometry.rope_theta)
+        theta, dim = geometry.rope_theta, config.rotary_dim(kind)
+        cos, sin = rotary_tables(position_ids_BT, dim, theta, is_invariant=is_invariant)
         key_positions_BS = cache.key_positions(kind)
+        if is_invariant:
+            ordered = order_keys(position_ids_BT, key_positions_BS, geometry.window_keys)
+            plans[kind] = AttentionPlan(kind, cos, sin, None, cached=True, attend=ordered.attend)
+            continue
         distance_BTS = position_ids_BT[:, :, None] - key_positions_BS[:, None, :]
         visible_BTS = (distance_BTS >= 0) & (key_positions_BS[:, None, :] >= 0)
         if geometry.window_keys is not None:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from openmimo.config.model import ModelConfig
+from openmimo.kernels import invariant
 from openmimo.kernels import training as kernels
 from openmimo.model.attention import Attention, AttentionPlan
 from openmimo.model.cache import LayerCache
+from openmimo.model.linear import HasInvariantForm
 from openmimo.model.moe import DenseMLP, LayerRouting, SparseMLP
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(HasInvariantForm, nn.Module):
     """Scale to unit mean square in fp32, return to the input dtype, then multiply by the weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -23,21 +25,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.usable(x) and self.weight.dtype is x.dtype:
+        if kernels.usable(x) and self.weight.dtype is x.dtype and not self.invariant:
             return kernels.rms_norm(x, self.weight, self.eps)
-        return rms_normalize(x, self.eps) * self.weight
+        return rms_normalize(x, self.eps, is_invariant=self.invariant) * self.weight
 
     def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y and its norm."""
-        if kernels.usable(x) and self.weight.dtype is x.dtype is y.dtype:
+        if kernels.usable(x) and self.weight.dtype is x.dtype is y.dtype and not self.invariant:
             return kernels.add_rms_norm(x, y, self.weight, self.eps)
         total = x + y
         return total, self(total)
 
 
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
+def rms_normalize(x: Tensor, eps: float, *, is_invariant: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dim, computed in fp32, returned in x's dtype."""
-    return _RMSNormalize.apply(x, eps)  # type: ignore[no-any-return]
+    return _RMSNormalize.apply(x, eps, is_invariant)  # type: ignore[no-any-return]
 
 
 class _RMSNormalize(torch.autograd.Function):
@@ -47,18 +49,21 @@ class _RMSNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
-        scale = torch.rsqrt(mean_square + eps)
+    def forward(ctx: Any, x: Tensor, eps: float, is_invariant: bool) -> Tensor:
+        if is_invariant:
+            scale = 1.0 / torch.sqrt(invariant.mean_square(x) + eps)
+        else:
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
+            scale = torch.rsqrt(mean_square + eps)
         y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         y, scale = ctx.saved_tensors
         projection = (grad * y).sum(-1, keepdim=True, dtype=torch.float32) / y.shape[-1]
-        return ((grad - y * projection) * scale).to(y.dtype), None
+        return ((grad - y * projection) * scale).to(y.dtype), None, None
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ from openmimo.errors import ShapeError
 from openmimo.model.attention import AttentionPlan, make_cached_plans, make_plans
 from openmimo.model.block import Block, RMSNorm
 from openmimo.model.cache import Cache
+from openmimo.model.linear import HasInvariantForm, Linear
 from openmimo.model.moe import LayerRouting, Router
 from openmimo.model.mtp import MTPHead
 
@@ -60,7 +61,7 @@ class ModelOutput:
         return torch.stack([layer.experts_BTk for layer in self.routing], dim=2).to(dtype)
 
 
-class MiMoModel(nn.Module):
+class MiMoModel(HasInvariantForm, nn.Module):
     """MiMo-V2-Flash on one device. Parameters keep Hub names, with q/k/v, gate/up and experts stacked."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -69,7 +70,7 @@ class MiMoModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.mtp_heads = nn.ModuleList(MTPHead(config) for _ in range(config.num_mtp_heads))
@@ -109,6 +110,18 @@ class MiMoModel(nn.Module):
         layer_cache = None if cache is None else cache.mtp_heads[head]
         return self.mtp_heads[head](hidden_BTD, self.embed_tokens(next_ids_BT), plan, layer_cache)
 
+    def set_invariant(self, invariant: bool = True) -> MiMoModel:
+        """Choose whether a token's bits depend on its context alone, not on batch, packing, chunks, caches or drafts.
+
+        Then a training pass and a sampler give the same logits, routes and MTP logits, bit for bit. In fp32 only, and
+        slower (`kernels.invariant`). Gradients stay right and are not invariant. Packed rows need position ids that
+        restart with every document. Returns the model.
+        """
+        for module in self.modules():
+            if isinstance(module, HasInvariantForm):
+                module.invariant = invariant
+        return self
+
     def routers(self) -> list[Router]:
         """The routers in layer order."""
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -121,11 +134,12 @@ class MiMoModel(nn.Module):
             starts_empty = cache.is_empty
             position_ids_BT = cache.begin_step(ids_BT.shape[1])
             if not starts_empty:
-                return make_cached_plans(self.config, position_ids_BT, cache, dtype), position_ids_BT
+                plans = make_cached_plans(self.config, position_ids_BT, cache, dtype, is_invariant=self.invariant)
+                return plans, position_ids_BT
         if position_ids_BT is None:
             position_ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        plans = make_plans(self.config, position_ids_BT, document_ids_BT, dtype, writes_cache=cache is not None)
-        return plans, position_ids_BT
+        modes = {"writes_cache": cache is not None, "is_invariant": self.invariant}
+        return make_plans(self.config, position_ids_BT, document_ids_BT, dtype, **modes), position_ids_BT
 
     def _check(
         self,
@@ -192,4 +206,4 @@ def replicate_mtp_head(model: MiMoModel, num_heads: int) -> MiMoModel:
     for head in heads:
         head.load_state_dict(state)
     model.mtp_heads, model.config = heads, config
-    return model
+    return model.set_invariant(model.invariant)

@@ -12,49 +12,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmimo.config.model import MoEConfig
+from openmimo.kernels import invariant
 from openmimo.kernels import training as kernels
 from openmimo.kernels.experts import experts as fused_experts
 from openmimo.kernels.experts import experts_usable
 from openmimo.kernels.router import route, router_usable
+from openmimo.model.linear import HasInvariantForm, Linear
 
 
-class DenseMLP(nn.Module):
+class DenseMLP(HasInvariantForm, nn.Module):
     """SwiGLU with the gate and up projections stacked (gate rows first)."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * width)
+        self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x_BTD)))
+        return self.down_proj(swiglu(self.gate_up_proj(x_BTD), is_invariant=self.invariant))
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, *, is_invariant: bool = False) -> Tensor:
     """silu(gate) * up for the two halves of the last dim."""
-    if kernels.usable(gate_up):
+    if kernels.usable(gate_up) and not is_invariant:
         return kernels.swiglu(gate_up)
-    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(gate_up, is_invariant)  # type: ignore[no-any-return]
 
 
 class _SwiGLU(torch.autograd.Function):
     """Saves only its input and writes both gradients into one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, is_invariant: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return (gate * invariant.sigmoid(gate) if is_invariant else F.silu(gate)).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (gate_up,) = ctx.saved_tensors  # once: under activation recomputation a second time fails
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         grad_up.copy_(F.silu(gate).mul_(grad))
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grad_gate_up
+        return grad_gate_up, None
 
 
 class Routing(NamedTuple):
@@ -65,7 +67,7 @@ class Routing(NamedTuple):
     weights_Nk: Tensor
 
 
-class Router(nn.Module):
+class Router(HasInvariantForm, nn.Module):
     """fp32 sigmoid scores; the bias takes part in the choice of experts and never in their weights.
 
     Source: MiMo-V2-Flash report, section on sparse layers; balance by bias as in DeepSeek-V3.
@@ -85,7 +87,7 @@ class Router(nn.Module):
         Replayed experts get their weights from the full scores of this pass, so the router receives a gradient
         for each of them even where it would have chosen others.
         """
-        if router_usable(x_ND, self.weight):
+        if router_usable(x_ND, self.weight) and not self.invariant:
             scores_NE, experts_Nk, weights_Nk = route(
                 x_ND,
                 self.weight,
@@ -96,23 +98,38 @@ class Router(nn.Module):
                 scaling=self.config.routed_scaling,
             )
             return Routing(scores_NE, experts_Nk, weights_Nk)
-        scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.weight.float()))
-        if replay_Nk is None:
-            choice_NE = scores_NE.detach() + self.e_score_correction_bias
-            experts_Nk = choice_NE.topk(self.config.num_experts_per_token, dim=-1).indices
+        if self.invariant:
+            scores_NE = invariant.sigmoid(invariant.linear(x_ND, self.weight.to(x_ND.dtype)))
         else:
+            scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.weight.float()))
+        if replay_Nk is not None:
             experts_Nk = replay_Nk.to(torch.int64)
+        else:
+            experts_Nk = self._choose(scores_NE.detach() + self.e_score_correction_bias)
         weights_Nk = scores_NE.gather(1, experts_Nk)
         if self.config.normalize_weights:
-            weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
+            total_N1 = _sum_choices(weights_Nk)[:, None] if self.invariant else weights_Nk.sum(-1, keepdim=True)
+            weights_Nk = weights_Nk / (total_N1 + 1e-20)
         return Routing(scores_NE, experts_Nk, weights_Nk * self.config.routed_scaling)
+
+    def _choose(self, choice_NE: Tensor) -> Tensor:
+        num_choices = self.config.num_experts_per_token
+        if self.invariant:  # of equal scores the first expert wins, whatever the batch
+            return choice_NE.sort(dim=-1, descending=True, stable=True).indices[:, :num_choices]
+        return choice_NE.topk(num_choices, dim=-1).indices
+
+
+def _sum_choices(x_Nk: Tensor) -> Tensor:
+    """The sum over dim 1, first choice first."""
+    first, *others = x_Nk.unbind(1)
+    return sum(others, start=first)
 
 
 # Passes over a weight that is copied and multiplied, against one that is only multiplied.
 COPY_COST = 3
 
 
-class Experts(nn.Module):
+class Experts(HasInvariantForm, nn.Module):
     """All experts' SwiGLU weights, stacked; tokens are sorted by expert and each expert runs once.
 
     No capacity limit and no loop over tokens: the sort is the dispatch, its inverse the combine. Each expert's rows
@@ -132,17 +149,21 @@ class Experts(nn.Module):
         """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
         if static:
             return self._static(x_ND, experts_Nk, weights_Nk)
-        if experts_usable(x_ND, self.down_proj):
+        if experts_usable(x_ND, self.down_proj) and not self.invariant:
             return fused_experts(x_ND, experts_Nk, weights_Nk, self.gate_up_proj, self.down_proj)
         top_k = experts_Nk.shape[1]
         place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, self.num_experts)
         num_rows = place_M.shape[0] + (_row_multiple(place_M.shape[0], self.num_experts) - 1) * self.num_experts
         x_PD: Tensor = _Dispatch.apply(x_ND, place_M, num_rows)  # type: ignore[assignment]
-        hidden_PF = swiglu(grouped_product(x_PD, self.gate_up_proj.transpose(1, 2), ends_E))
-        y_PD = grouped_product(hidden_PF, self.down_proj.transpose(1, 2), ends_E)
+        if self.invariant:
+            hidden_PF = swiglu(invariant.grouped_product(x_PD, self.gate_up_proj, ends_E), is_invariant=True)
+            y_PD = invariant.grouped_product(hidden_PF, self.down_proj, ends_E)
+        else:
+            hidden_PF = swiglu(grouped_product(x_PD, self.gate_up_proj.transpose(1, 2), ends_E))
+            y_PD = grouped_product(hidden_PF, self.down_proj.transpose(1, 2), ends_E)
         y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
-        y_ND = (y_NkD * weights_Nk[..., None].to(y_NkD.dtype)).sum(1)
-        return y_ND, tokens_per_expert_E
+        y_NkD = y_NkD * weights_Nk[..., None].to(y_NkD.dtype)
+        return _sum_choices(y_NkD) if self.invariant else y_NkD.sum(1), tokens_per_expert_E
 
     def _static(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
         """The same for few tokens, with nothing that depends on the choices but values.

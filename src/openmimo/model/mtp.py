@@ -14,6 +14,7 @@ from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.model.attention import Attention, AttentionPlan
 from openmimo.model.block import RMSNorm
 from openmimo.model.cache import LayerCache
+from openmimo.model.linear import Linear
 from openmimo.model.moe import DenseMLP
 
 
@@ -25,7 +26,7 @@ class MTPHead(nn.Module):
         dim, eps = config.hidden_size, config.norm_eps
         self.enorm = RMSNorm(dim, eps)
         self.hnorm = RMSNorm(dim, eps)
-        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.eh_proj = Linear(2 * dim, dim)
         self.input_layernorm = RMSNorm(dim, eps)
         self.self_attn = Attention(config, AttentionKind.SLIDING)
         self.pre_mlp_layernorm = RMSNorm(dim, eps)

@@ -10,15 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmimo.kernels import invariant
 
-def rotary_tables(position_ids_BT: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+
+def rotary_tables(
+    position_ids_BT: Tensor, rotary_dim: int, theta: float, *, is_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles, always in fp32.
 
+    `is_invariant` makes a position's bits independent of the others (see `MiMoModel.set_invariant`).
     Shapes: -> two of (B, T, 1, R) with R = rotary_dim / 2; the 1 broadcasts over heads.
     """
-    exponents_R = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=position_ids_BT.device) / rotary_dim
-    inverse_frequencies_R = 1.0 / (theta**exponents_R)
+    # Made in one shape and place in the invariant case, so that every device multiplies with the same frequencies.
+    device = torch.device("cpu") if is_invariant else position_ids_BT.device
+    exponents_R = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    inverse_frequencies_R = (1.0 / (theta**exponents_R)).to(position_ids_BT.device)
     angles_BT1R = position_ids_BT[..., None, None].float() * inverse_frequencies_R
+    if is_invariant:
+        return invariant.cosine_sine(angles_BT1R)
     return angles_BT1R.cos(), angles_BT1R.sin()
 
 
