@@ -125,7 +125,7 @@ def test_parked_answers_go_on_in_another_engine(runner: str, heads: int) -> None
 def test_parts_that_do_not_belong_are_refused() -> None:
     """Each error names what was got and expected."""
     engine = new_engine(small_model(), "torch")
-    with pytest.raises(RequestError, match="24 tokens and 0 log-prob.*fewer than max_tokens=24"):
+    with pytest.raises(RequestError, match=r"24 tokens and 0 log-prob.*fewer than max_tokens=24"):
         engine.add_request([1, 2], PARAMS, parts=[PartialAnswer(choice=0, token_ids=(1,) * 24)])
     with pytest.raises(RequestError, match="has routes None; expected"):
         engine.add_request([1, 2], PARAMS, parts=[PartialAnswer(choice=0, token_ids=(1,), logprobs=(-1.0,))])
