@@ -88,6 +88,7 @@ class RolloutRecipe:
     draft_heads: int = -1
     max_batch: int = 128
     replay: bool = True
+    exact: bool = False
     partial: bool = False
     max_staleness: int = 2
     max_partial_share: float = 0.5
@@ -198,6 +199,8 @@ class RLRecipe:
             raise ConfigError(f"device={self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
         if not self.sources:
             raise ConfigError("sources is empty; add at least one [[sources]]")
+        if self.rollout.exact and self.precision is Precision.BF16:
+            raise ConfigError("rollout.exact=true needs precision 'fp32' (or 'auto'), got 'bf16'")
         self._check_teachers()
 
     def _check_teachers(self) -> None:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from openmimo.engine import SamplingParams
+from openmimo.engine.sampler import recorded_logprobs
+
 # Rows of logits alive at once.
 CHUNK_ROWS = 2048
 
@@ -51,6 +54,38 @@ def _forward(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperatur
         empty = hidden_ND.new_zeros(0, dtype=torch.float32)
         return TokenLogProbs(empty, empty.clone())
     return TokenLogProbs(torch.cat(logprobs), torch.cat(entropy))
+
+
+def exact_logprobs(
+    logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor, sequence_N: Tensor, top_p: float
+) -> TokenLogProbs:
+    """The same from fp32 logits, with the sampler's own function for the values: equal logits give equal bits.
+
+    `sequence_N` says which answer each token belongs to; answers are contiguous. Gradients are those of log softmax.
+    """
+    log_NV = (logits_NV / temperature_N[:, None]).log_softmax(-1)
+    smooth_N = log_NV.gather(1, targets_N[:, None])[:, 0]
+    values: list[float] = []
+    ends = [*(sequence_N.diff().nonzero()[:, 0] + 1).tolist(), len(sequence_N)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        params = SamplingParams(temperature=float(temperature_N[start]), top_p=top_p)
+        logits_TV = logits_NV[start:end].detach().numpy()
+        values += recorded_logprobs(logits_TV, targets_N[start:end].tolist(), params)
+    recorded_N = torch.tensor(values, dtype=torch.float32)
+    logprobs_N: Tensor = _WithValues.apply(smooth_N, recorded_N)  # type: ignore[assignment]
+    return TokenLogProbs(logprobs_N, -(log_NV.exp() * log_NV).sum(-1).detach())
+
+
+class _WithValues(torch.autograd.Function):
+    """The second argument's values with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, values_N: Tensor) -> Tensor:
+        return values_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_N, None
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -79,7 +79,8 @@ class PolicyRun:
         keep_freed_memory()
         self.fingerprint = hashlib.sha256(to_toml(recipe).encode()).hexdigest()
         self.device = pick_device(recipe.device)
-        self.dtype = compute_dtype(recipe.precision, self.device)
+        exact = recipe.rollout.exact
+        self.dtype = torch.float32 if exact else compute_dtype(recipe.precision, self.device)
         start = resolve_model_folder(recipe.model)
         saved = load_run(run_dir, self.fingerprint) if resume else None
         if saved is None:
@@ -87,6 +88,7 @@ class PolicyRun:
         self.tokenizer = Tokenizer.load(start)
         template = ChatTemplate(self.tokenizer)
         self.model = cast_model(load_model(start), self.dtype).to(self.device)
+        self.model.set_invariant(exact)
         o = recipe.optimizer
         self.optimizer = MasterAdamW(
             self.model.named_parameters(), betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, grad_clip=o.grad_clip
@@ -107,7 +109,12 @@ class PolicyRun:
         else:
             self._write_start()
         self.updater = PolicyUpdater(
-            self.model, self.optimizer, recipe.loss, recipe.algorithm, replay=recipe.rollout.replay
+            self.model,
+            self.optimizer,
+            recipe.loss,
+            recipe.algorithm,
+            rollout=recipe.rollout,
+            num_tokens=self.sampler.num_tokens,
         )
         self.alert = TrendAlert()
 
@@ -224,7 +231,7 @@ class PolicyRun:
             self.updater.begin()
             for domain, batch in self._micro_batches(answers):
                 if native is None:
-                    native = native_mismatch(self.model, batch, PROBE_TOKENS)
+                    native = native_mismatch(self.model, batch, PROBE_TOKENS, self.sampler.num_tokens)
                 teacher = self.teachers.view(domain, batch, loss.signal, loss.top_k) if domain else None
                 gap = self.updater.add(batch, targets, version=version, teacher=teacher)
                 if domain:
@@ -271,8 +278,8 @@ class PolicyRun:
         return Engine(
             self.model,
             tokenizer=self.tokenizer,
-            runner=rollout.runner,
-            weights=rollout.weights,
+            runner="torch" if rollout.exact else rollout.runner,
+            weights="float32" if rollout.exact else rollout.weights,
             draft_heads="auto" if rollout.draft_heads < 0 else rollout.draft_heads,
             max_batch=rollout.max_batch,
             threads=self.recipe.threads or None,

@@ -58,10 +58,11 @@ def route_difference(chosen_BTLk: Tensor, batch: MicroBatch) -> float | None:
 
 
 @torch.no_grad()
-def native_mismatch(model: MiMoModel, batch: MicroBatch, max_tokens: int) -> Mismatch:
+def native_mismatch(model: MiMoModel, batch: MicroBatch, max_tokens: int, num_tokens: int) -> Mismatch:
     """The mismatch when the trainer's own routers choose: what there would be without replay.
 
-    Looks at the first rows that hold about `max_tokens` places. Cost: one forward pass over those.
+    Looks at the first rows that hold about `max_tokens` places; `num_tokens` ids can be chosen.
+    Cost: one forward pass over those rows.
     """
     num_rows = max(1, max_tokens // batch.token_ids_BT.shape[1])
     rows = slice(0, num_rows)
@@ -73,7 +74,7 @@ def native_mismatch(model: MiMoModel, batch: MicroBatch, max_tokens: int) -> Mis
     inside_N = batch.rows_N < output.token_ids_BT.numel()
     hidden_ND = model.norm(output.hidden_BTD.flatten(0, 1)[batch.rows_N[inside_N]])
     logprobs_N = token_logprobs(
-        hidden_ND, model.lm_head.weight, batch.targets_N[inside_N], batch.temperature_N[inside_N]
+        hidden_ND, model.lm_head.weight[:num_tokens], batch.targets_N[inside_N], batch.temperature_N[inside_N]
     ).logprobs_N
     routes = None
     if output.routing and batch.routes_BTLk is not None:

@@ -67,6 +67,7 @@ class Teachers:
         self._loaded: OrderedDict[Path, MiMoModel] = OrderedDict()
         student = read_model_config(start)
         texts = Tokenizer.load(start)
+        self.num_tokens = min(student.vocab_size, texts.vocab_size)
         for domain, folder in self.folders.items():
             config, tokenizer = read_model_config(folder), Tokenizer.load(folder)
             if config.vocab_size != student.vocab_size or tokenizer.definition != texts.definition:
@@ -87,7 +88,7 @@ class Teachers:
         model = self._model(self.folder(domain))
         output = model(batch.token_ids_BT, position_ids_BT=batch.position_ids_BT, document_ids_BT=batch.document_ids_BT)
         hidden_ND = model.norm(output.hidden_BTD.flatten(0, 1)[batch.rows_N])
-        weight_VD = model.lm_head.weight
+        weight_VD = model.lm_head.weight[: self.num_tokens]
         if signal is Signal.SAMPLED:
             logprobs_N = token_logprobs(hidden_ND, weight_VD, batch.targets_N, batch.temperature_N).logprobs_N
             return TeacherView(logprobs_N=logprobs_N)

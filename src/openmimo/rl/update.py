@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmimo.config.model import AttentionKind
-from openmimo.config.rl import Algorithm, PolicyLossRecipe, Signal
+from openmimo.config.rl import Algorithm, PolicyLossRecipe, RolloutRecipe, Signal
 from openmimo.errors import TrainingError
 from openmimo.model import MiMoModel
 from openmimo.model.attention import AttentionPlan
 from openmimo.model.model import ModelOutput
 from openmimo.model.moe import update_balance_bias
 from openmimo.rl.batching import MicroBatch
-from openmimo.rl.logprobs import scaled_logits, token_logprobs
+from openmimo.rl.logprobs import TokenLogProbs, exact_logprobs, scaled_logits, token_logprobs
 from openmimo.rl.losses.grpo import grpo_loss
 from openmimo.rl.losses.mopd import divergence_loss, mopd_loss, reverse_kl, reverse_kl_top_k
 from openmimo.rl.losses.ratios import RatioBounds, masked_ratios, token_weights
@@ -55,13 +55,23 @@ class UpdateStats:
 
 
 class PolicyUpdater:
-    """Accumulates the gradients of micro-batches, in fp32 where there are several, and steps."""
+    """Accumulates the gradients of micro-batches, in fp32 where there are several, and steps.
+
+    `num_tokens` is how many rows of the vocabulary the sampler chooses from.
+    """
 
     def __init__(
-        self, model: MiMoModel, optimizer: MasterAdamW, recipe: PolicyLossRecipe, algorithm: Algorithm, *, replay: bool
+        self,
+        model: MiMoModel,
+        optimizer: MasterAdamW,
+        recipe: PolicyLossRecipe,
+        algorithm: Algorithm,
+        *,
+        rollout: RolloutRecipe,
+        num_tokens: int,
     ) -> None:
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
-        self.algorithm, self.replay = algorithm, replay
+        self.algorithm, self.rollout, self.num_tokens = algorithm, rollout, num_tokens
         self._sums: dict[int, Tensor] = {}
         self._parts: list[_Part] = []
         self._load_LE: Tensor | None = None
@@ -79,7 +89,7 @@ class PolicyUpdater:
         Returns log policy - log teacher summed over the tokens, 0 without a teacher.
         Raises: TrainingError if experts are to be replayed and a token has none recorded.
         """
-        if self.replay and batch.num_unrouted:
+        if self.rollout.replay and batch.num_unrouted:
             raise TrainingError(
                 f"{batch.num_unrouted} tokens have no recorded experts, so they cannot be replayed; "
                 "sample with routed_experts=True, or switch rollout.replay off"
@@ -88,12 +98,10 @@ class PolicyUpdater:
             batch.token_ids_BT,
             position_ids_BT=batch.position_ids_BT,
             document_ids_BT=batch.document_ids_BT,
-            routed_experts_BTLk=batch.routes_BTLk if self.replay and self.model.config.num_moe_layers else None,
+            routed_experts_BTLk=batch.routes_BTLk if self.rollout.replay and self.model.config.num_moe_layers else None,
         )
         hidden_ND = self.model.norm(output.hidden_BTD.flatten(0, 1)[batch.rows_N])
-        logprobs_N, entropy_N = token_logprobs(
-            hidden_ND, self.model.lm_head.weight, batch.targets_N, batch.temperature_N
-        )
+        logprobs_N, entropy_N = self._logprobs(hidden_ND, batch)
         loss = self._policy_loss(batch, answers, version, teacher, hidden_ND, logprobs_N)
         mtp = mtp_loss(output, batch) if self.recipe.mtp_weight and self.model.config.num_mtp_heads else None
         total = loss
@@ -119,6 +127,14 @@ class PolicyUpdater:
             for router, load_E in zip(self.model.routers(), self._load_LE, strict=True):
                 update_balance_bias(router, load_E, bias_update_rate)
         return _stats(self._parts, grad_norm, applied)
+
+    def _logprobs(self, hidden_ND: Tensor, batch: MicroBatch) -> TokenLogProbs:
+        if self.rollout.exact:
+            logits_NV = self.model.lm_head(hidden_ND)[:, : self.num_tokens]
+            numbers = (batch.targets_N, batch.temperature_N, batch.sequence_N)
+            return exact_logprobs(logits_NV, *numbers, top_p=self.rollout.top_p)
+        weight_VD = self.model.lm_head.weight[: self.num_tokens]
+        return token_logprobs(hidden_ND, weight_VD, batch.targets_N, batch.temperature_N)
 
     def _policy_loss(
         self,
@@ -146,7 +162,9 @@ class PolicyUpdater:
         parts = {"outcome_weight": r.outcome_weight, "teacher_weight": r.teacher_weight}
         if r.signal is Signal.SAMPLED:
             return mopd_loss(logprobs_N, sampled_N, teacher.logprobs_N, outcome_N, weights_N, bounds, **parts)
-        student_NV = scaled_logits(hidden_ND, self.model.lm_head.weight, batch.temperature_N).log_softmax(-1)
+        student_NV = scaled_logits(
+            hidden_ND, self.model.lm_head.weight[: self.num_tokens], batch.temperature_N
+        ).log_softmax(-1)
         if teacher.full_NV is not None:
             divergence_N = reverse_kl(student_NV, teacher.full_NV)
         else:

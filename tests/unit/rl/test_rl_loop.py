@@ -124,6 +124,19 @@ def test_distillation_moves_the_student_to_its_teacher(signal_name: str, tmp_pat
     assert sum(gaps[-3:]) < 0.6 * sum(gaps[:3])
 
 
+@pytest.mark.parametrize("heads", [0, 3])
+def test_exact_runs_have_no_mismatch_at_all(heads: int, tmp_path: Path) -> None:
+    """One batch-invariant path: the greatest difference of log-probabilities is 0, after updates too."""
+    recipe = rl_recipe(rollout={"exact": True, "draft_heads": heads, "temperature": 0.8, "top_p": 0.95})
+    run = PolicyRun(recipe, tmp_path)
+    for _ in range(3):
+        record = run.one_step()
+        if record["num_updates"]:
+            assert record["mismatch"]["worst"] == record["mismatch"]["kl"] == 0.0
+            assert record["mismatch"]["routes"] == 0.0
+            assert record["native_mismatch"]["routes"] == 0.0
+
+
 def test_teachers_of_other_tokenizers_and_domains_are_refused(tmp_path: Path) -> None:
     from openmimo.config.rl import TeacherRecipe
 

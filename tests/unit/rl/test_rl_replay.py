@@ -62,12 +62,14 @@ def targets(answers: tuple[Trajectory, ...]) -> AnswerTargets:
 
 
 def gradients(
-    answers: tuple[Trajectory, ...], *, max_tokens: int = 4096, order: list[int] | None = None, replay: bool = True
+    answers: tuple[Trajectory, ...], *, max_tokens: int = 4096, order: list[int] | None = None
 ) -> dict[str, Tensor]:
     """Gradients of the policy's loss by parameter, in fp32."""
     model = load_model(folder())
     optimizer = MasterAdamW(model.named_parameters())
-    updater = PolicyUpdater(model, optimizer, rl_recipe().loss, Algorithm.GRPO, replay=replay)
+    updater = PolicyUpdater(
+        model, optimizer, rl_recipe().loss, Algorithm.GRPO, rollout=rl_recipe().rollout, num_tokens=420
+    )
     updater.begin()
     for batch in pack(answers, max_tokens=max_tokens, num_experts=EXPERTS, chosen=order):
         updater.add(batch, targets(answers), version=0)
@@ -122,7 +124,14 @@ def test_2_every_token_and_layer_is_covered_and_a_gap_is_refused() -> None:
         assert torch.equal(batch.has_routes_BT, batch.document_ids_BT >= 0)
     assert sum(batch.num_tokens for batch in batches) == sum(one.num_inputs for one in sampled())
     model = load_model(folder())
-    updater = PolicyUpdater(model, MasterAdamW(model.named_parameters()), rl_recipe().loss, Algorithm.GRPO, replay=True)
+    updater = PolicyUpdater(
+        model,
+        MasterAdamW(model.named_parameters()),
+        rl_recipe().loss,
+        Algorithm.GRPO,
+        rollout=rl_recipe().rollout,
+        num_tokens=420,
+    )
     known = batches[0].has_routes_BT.clone()
     known[0, 3] = False
     holes = dataclasses.replace(batches[0], has_routes_BT=known)
