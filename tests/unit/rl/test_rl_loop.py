@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from rl_cases import base_folder, rl_recipe
 
 from openmimo.checkpoint import load_model
-from openmimo.config.recipe import to_toml
+from openmimo.config.recipe import load_recipe, parse_recipe, to_toml
 from openmimo.config.rl import RLRecipe
 from openmimo.errors import CheckpointError, TrainingError
 from openmimo.rl.batching import pack
@@ -25,6 +26,7 @@ from openmimo.rl.teachers import Teachers, warn_about_origin
 from openmimo.rl.update import mtp_loss
 from openmimo.text import train_tokenizer
 
+RECIPES = Path(__file__).parents[3] / "recipes"
 GRPO = {"steps": 4}
 MOPD = {
     "steps": 4,
@@ -175,10 +177,8 @@ def test_num_zeros_alerts_on_rises_and_falls() -> None:
     assert [alert.observe(value) for value in (40, 30, 20)][-1] == "falling"
 
 
-def test_a_recipe_survives_its_toml() -> None:
-    import tomllib
-
-    from openmimo.config.recipe import parse_recipe
-
-    recipe = rl_recipe(**MOPD)
-    assert parse_recipe(tomllib.loads(to_toml(recipe)), RLRecipe) == recipe
+def test_recipes_survive_their_toml() -> None:
+    """The recipes that come with the package, and one with teachers, load back equal from what is printed."""
+    recipes = [load_recipe(RECIPES / name, [], RLRecipe) for name in ("teacher.toml", "mopd.toml")]
+    for recipe in (*recipes, rl_recipe(**MOPD)):
+        assert parse_recipe(tomllib.loads(to_toml(recipe)), RLRecipe) == recipe
