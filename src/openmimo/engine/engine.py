@@ -150,8 +150,8 @@ class Engine:
         """The answers of a request that are not finished, as they are now; none if there is no such request."""
         return tuple(each.partial() for each in self._answers.get(request_id, ()) if each.finish_reason is None)
 
-    def update_weights(self, model: MiMoModel) -> int:
-        """Put a model's weights in place of those there are, and return their version, one more than the last.
+    def update_weights(self, model: MiMoModel, *, version: int | None = None) -> int:
+        """Put a model's weights in place of those there are, and return their version, by default one more.
 
         Answers in progress go on under the new weights with the caches they have; no later request starts from what
         older weights computed. Raises: RequestError if the model is of another shape or the runner's weights are fixed.
@@ -161,7 +161,7 @@ class Engine:
             raise RequestError("the engine cannot take these weights: their model has another config than its own")
         self._core.runner.load_weights(model)
         self._core.scheduler.forget_texts()
-        self._version[0] += 1
+        self._version[0] = self._version[0] + 1 if version is None else version
         for answers in self._answers.values():
             for answer in answers:
                 if answer.finish_reason is None:
@@ -170,7 +170,7 @@ class Engine:
 
     @property
     def weights_version(self) -> int:
-        """How often `update_weights` was called."""
+        """The version that `update_weights` last gave, 0 before."""
         return self._version[0]
 
     def step(self) -> list[StreamEvent]:

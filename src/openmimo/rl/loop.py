@@ -105,6 +105,8 @@ class PolicyRun:
         self.grading = Grading(recipe.grader)
         self.rollout = RolloutWorker(self.sampler, self.scheduler, recipe, self.grading.grade)
         if saved is not None:
+            # Versions count on, so that parked answers keep their age.
+            self.sampler.update_weights(self.model, version=self.step)
             self.rollout.restore(saved.rollout)
         else:
             self._write_start()

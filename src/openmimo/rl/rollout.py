@@ -53,7 +53,10 @@ class _Flight:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutStats:
-    """One step's sampling. `replaced` groups taught nothing and others came in their place; `parked` answers wait."""
+    """One step's sampling. `replaced` groups taught nothing and others came in their place; `parked` answers wait.
+
+    `num_tokens` counts the replaced groups too.
+    """
 
     seconds: float
     num_answers: int
@@ -90,6 +93,7 @@ class RolloutWorker:
         """
         rollout, began = self.recipe.rollout, time.perf_counter()
         wanted, allowance, replaced = rollout.prompts, int(rollout.resample * rollout.prompts), 0
+        replaced_tokens = 0
         groups, self._finished = self._finished, []
         while True:
             if len(groups) >= wanted and self._may_stop():
@@ -101,6 +105,7 @@ class RolloutWorker:
             for group in self._advance():
                 if not keeps_uniform and replaced < allowance and _is_uniform(group):
                     replaced += 1
+                    replaced_tokens += sum(len(one.token_ids) for one in group)
                 else:
                     groups.append(group)
         # The oldest first, so that none grows older than it may while it waits for its step.
@@ -113,7 +118,7 @@ class RolloutWorker:
         stats = RolloutStats(
             seconds=time.perf_counter() - began,
             num_answers=len(answers),
-            num_tokens=sum(len(one.token_ids) for one in answers),
+            num_tokens=replaced_tokens + sum(len(one.token_ids) for one in answers),
             replaced=replaced,
             parked=self._num_open(),
             partial_share=mixed / len(answers),

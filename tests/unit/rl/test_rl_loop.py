@@ -63,6 +63,7 @@ def test_a_run_that_stops_goes_on_bit_for_bit(changes: dict[str, object], tmp_pa
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "broken")
+    assert PolicyRun(recipe, tmp_path / "broken", resume=True).sampler.weights_version == recipe.steps
     start = weights(base_folder())
     assert any(not torch.equal(one[name], start[name]) for name in one)
 
