@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FIRST_TORCH := $(PIP) install --retries 1 --timeout 10 $(addprefix --index-url ,$(TORCH_INDEX)) "$(TORCH)"
 PYTEST := $(BIN)/python -m pytest -q
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint parity slow sanitize proofs bench clean
@@ -19,7 +19,7 @@ BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py bench
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(VENV)/.with-plots ## A model learns three domains from nothing and is examined
+demo: $(VENV)/.with-plots ## From nothing to three teachers and one student with all their skills
 	$(BIN)/openmimo demo
 
 test: $(VENV)/.with-dev ## The whole test suite but the slow tests
@@ -44,8 +44,9 @@ sanitize: $(VENV)/.with-dev ## The engine's tests under AddressSanitizer, UBSan 
 	$(PIP) install --quiet nanobind cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" csrc/sanitize.sh "$(abspath $(BIN))/python"
 
-proofs: $(VENV)/.with-dev ## What the engine promises, in full size: identity, determinism, distribution, cache, formats
+proofs: $(VENV)/.with-dev ## Promises in full size: the engine's, and runs that are killed and go on
 	$(BIN)/python benchmarks/engine_proofs.py
+	$(BIN)/python benchmarks/kills.py
 
 bench: $(VENV)/.with-bench ## All benchmarks, one after the other: tables and JSON lines
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done

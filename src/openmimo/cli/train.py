@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
 train_app = typer.Typer(help="Train from a TOML recipe; every field can be overridden as a dotted key=value.")
@@ -89,9 +91,14 @@ def step_line(record: dict[str, Any], total: int) -> str:
     return "  ".join(parts)
 
 
-def print_step(console: Console, total: int) -> Any:
-    """A callback that prints each step's line."""
-    return lambda record: console.print(step_line(record, total), highlight=False, soft_wrap=True)
+def print_step(console: Console, total: int, *, every: int = 1) -> Callable[[dict[str, Any]], None]:
+    """A callback that prints the line of every so many steps, and of the first and last."""
+
+    def report(record: dict[str, Any]) -> None:
+        if record["step"] % every == 0 or record["step"] in (1, total):
+            console.print(step_line(record, total), highlight=False, soft_wrap=True)
+
+    return report
 
 
 def _run_policy(

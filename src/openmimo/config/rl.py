@@ -164,8 +164,9 @@ class GraderRecipe:
 class RLRecipe:
     """One post-training run from the checkpoint in `model`.
 
-    A step samples, grades and, with `minibatches` above 1, updates that many times, each time on its part of the
-    answers. The learning rate rises for `warmup_steps` to `optimizer.peak_lr`, then moves linearly to
+    It ends after `steps`, or with the step that brings the sampled tokens to `token_budget` (0: no limit). A step
+    samples, grades and, with `minibatches` above 1, updates that many times, each time on its part of the answers. The
+    learning rate rises for `warmup_steps` to `optimizer.peak_lr`, then moves linearly, over the steps or the budget, to
     `optimizer.final_lr`. `micro_batch_tokens` go through the model at once. `warn_teacher_kl` is the divergence from a
     teacher, in nats per token at step 0, above which the teacher is reported as not of the same origin.
     """
@@ -176,6 +177,7 @@ class RLRecipe:
     steps: int
     sources: tuple[PromptSourceRecipe, ...]
     teachers: tuple[TeacherRecipe, ...] = ()
+    token_budget: int = 0
     seed: int = 0
     rollout: RolloutRecipe = field(default_factory=RolloutRecipe)
     loss: PolicyLossRecipe = field(default_factory=PolicyLossRecipe)
@@ -194,7 +196,9 @@ class RLRecipe:
 
     def __post_init__(self) -> None:
         counts = ("steps", "minibatches", "micro_batch_tokens", "warn_teacher_kl")
-        demand_numbers(self, positive=counts, not_negative=("seed", "warmup_steps", "bias_update_rate", "threads"))
+        demand_numbers(
+            self, positive=counts, not_negative=("token_budget", "seed", "warmup_steps", "bias_update_rate", "threads")
+        )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device={self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
         if not self.sources:

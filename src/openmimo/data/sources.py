@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from openmimo.data.documents import Document, Encoder, State, TrainingTemplate, 
 from openmimo.data.files import TEXT_SUFFIXES, find_files, fingerprint, shuffled
 from openmimo.data.readers import Record, RecordFile, open_records
 from openmimo.errors import DataError, TextError
+from openmimo.tasks.problem import ANSWER_MARK, number_from
 
 END_OF_TEXT = "<|endoftext|>"
 CACHE_ENTRY_BYTES = 600
@@ -52,7 +54,7 @@ class TaskSource:
 
     With a `template` a document is a conversation (prompt by the user, solution by the assistant) and the assistant's
     tokens are the targets; without one it is the text `prompt`, a line end, `solution`, and all of it is target.
-    The levels take turns.
+    The levels take turns. A `worked_share` of the answers come with their working; the others are one line.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TaskSource:
         tokenizer: Encoder,
         template: TrainingTemplate | None = None,
         task: str | None = None,
+        worked_share: float = 1.0,
     ) -> None:
         if not levels:
             raise DataError(f"task source {domain!r} got no levels; give at least one, such as levels = [1]")
@@ -76,6 +79,7 @@ class TaskSource:
         self._seed = seed
         self._tokenizer = tokenizer
         self._template = template
+        self._worked_share = worked_share
         self._index = 0
 
     def next_document(self) -> Document:
@@ -89,11 +93,12 @@ class TaskSource:
             index=round_index,
             task=self._task,
         )
+        solution = problem.solution if self._is_worked() else problem.solution[problem.solution.rindex(ANSWER_MARK) :]
         self._index += 1
         if self._template is None:
-            ids = self._tokenizer.encode(f"{problem.prompt}\n{problem.solution}")
+            ids = self._tokenizer.encode(f"{problem.prompt}\n{solution}")
             return _document([*ids, self._tokenizer.special(END_OF_TEXT)], None, self.name)
-        turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.solution}]
+        turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": solution}]
         return _document(*self._template.render_training(turns), self.name)
 
     def state(self) -> State:
@@ -106,6 +111,12 @@ class TaskSource:
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _is_worked(self) -> bool:
+        """A draw that depends on the source and the position alone."""
+        if self._worked_share == 1.0:
+            return True
+        return Random(number_from(f"worked/{self.name}/{self._seed}/{self._index}")).random() < self._worked_share
 
 
 @dataclass(frozen=True, slots=True)

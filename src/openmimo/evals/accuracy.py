@@ -55,9 +55,10 @@ def evaluate_domains(
     seed: int,
     split: str = "test",
     max_tokens: int = 256,
+    temperature: float = 0.0,
     render: Callable[[str], list[int]] | None = None,
 ) -> dict[str, DomainReport]:
-    """Answer `num_problems` problems of every domain greedily and grade them.
+    """Answer `num_problems` problems of every domain once and grade them: greedily, or drawn at a temperature.
 
     All domains share one call of the engine, so that its rows stay full. `render` turns a problem's prompt into
     token ids; by default it becomes the user's turn of a chat.
@@ -77,7 +78,9 @@ def evaluate_domains(
         for domain in dict.fromkeys(domains)
     }
     prompts = [render(problem.prompt) for group in problems.values() for problem in group]
-    completions = iter(engine.generate(prompts, SamplingParams(max_tokens=max_tokens)))
+    completions = iter(
+        engine.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed))
+    )
     return {
         domain: _report(
             group,

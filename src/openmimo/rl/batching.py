@@ -136,6 +136,7 @@ def _micro_batch(
             places.append(row * width + np.arange(end - len(one.token_ids), end))
             order.append(index)
             start = end
+        positions[row, start:] = np.arange(width - start)  # padding counts up like any document
     sizes = [len(trajectories[index].token_ids) for index in order]
     temperatures = np.array([trajectories[index].prompt.temperature for index in order], np.float32)
     return MicroBatch(

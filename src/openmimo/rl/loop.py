@@ -36,7 +36,7 @@ from openmimo.train.device import compute_dtype, pick_device
 from openmimo.train.interrupt import TrainingInterruptedError, interrupt_flag
 from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
-from openmimo.train.run_folder import forget_later_metrics, make_folder
+from openmimo.train.run_folder import forget_later_metrics, make_folder, write_start
 from openmimo.train.schedule import learning_rate
 from openmimo.train.state import restore
 
@@ -109,7 +109,7 @@ class PolicyRun:
             self.sampler.update_weights(self.model, version=self.step)
             self.rollout.restore(saved.rollout)
         else:
-            self._write_start()
+            write_start(run_dir, recipe, self.model)
         self.updater = PolicyUpdater(
             self.model,
             self.optimizer,
@@ -126,7 +126,7 @@ class PolicyRun:
         with interrupt_flag() as interrupted, self.grading:
             if self.on_step is not None and self.step == 0:
                 self.on_step(0, self)
-            while self.step < self.recipe.steps:
+            while not self.is_finished():
                 self.one_step()
                 every = self.recipe.checkpoint.every_steps
                 if interrupted():
@@ -155,14 +155,7 @@ class PolicyRun:
         recipe, began = self.recipe, time.perf_counter()
         groups, rolled = self.rollout.collect(keeps_uniform=recipe.algorithm is Algorithm.MOPD)
         sampled = time.perf_counter()
-        rate = learning_rate(
-            "linear",
-            self.step,
-            steps=recipe.steps,
-            warmup=recipe.warmup_steps,
-            start=recipe.optimizer.peak_lr,
-            end=recipe.optimizer.final_lr,
-        )
+        rate = self._learning_rate()
         updates, native, divergence = self._update(groups, rate)
         updated = time.perf_counter()
         self.sampler.update_weights(self.model)
@@ -192,6 +185,25 @@ class PolicyRun:
             if self.report is not None:
                 self.report(record)
         return record
+
+    def is_finished(self) -> bool:
+        """Whether all steps are done, or the budget of tokens is spent."""
+        budget = self.recipe.token_budget
+        return self.step >= self.recipe.steps or bool(budget and self.sampled_tokens >= budget)
+
+    def _learning_rate(self) -> float:
+        """Linear over the steps, or over the budget of tokens where there is one."""
+        recipe, step = self.recipe, self.step
+        if recipe.token_budget and step >= recipe.warmup_steps:
+            step = max(recipe.warmup_steps, round(recipe.steps * self.sampled_tokens / recipe.token_budget))
+        return learning_rate(
+            "linear",
+            step,
+            steps=recipe.steps,
+            warmup=recipe.warmup_steps,
+            start=recipe.optimizer.peak_lr,
+            end=recipe.optimizer.final_lr,
+        )
 
     def save(self) -> Path:
         """Write a checkpoint; returns its folder."""
@@ -297,16 +309,3 @@ class PolicyRun:
             "num_zeros_alert": self.alert.observe(zeros["all"]),
             "monitor_share_of_step": seconds / step_seconds,
         }
-
-    def _write_start(self) -> None:
-        (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        (self.run_dir / "recipe.toml").write_text(to_toml(self.recipe))
-        facts = {
-            "git_revision": monitors.git_revision(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }
-        (self.run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from openmimo.checkpoint.training_state import checkpoint_dirs, latest_valid, load_training_state, save_step
-from openmimo.errors import CheckpointError
 from openmimo.model import MiMoModel
-from openmimo.train.device import random_state
 from openmimo.train.optimizer import MasterAdamW
-from openmimo.train.state import TRAINING_STATE
+from openmimo.train.state import load_state, save_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +36,6 @@ def save_run(
     keep: int,
 ) -> Path:
     """Write one step folder and drop all but the last `keep`."""
-    tensors = dict(optimizer.state_tensors())
-    tensors |= {f"buffer.{name}": buffer.detach() for name, buffer in model.named_buffers()}
-    tensors |= random_state(next(model.parameters()).device)
     meta = {
         "step": state.step,
         "sampled_tokens": state.sampled_tokens,
@@ -50,10 +43,7 @@ def save_run(
         "rollout": dict(state.rollout),
         "recipe": fingerprint,
     }
-    folder = save_step(run_dir / "checkpoints", state.step, write_model=write_model, tensors=tensors, meta=meta)
-    for old in checkpoint_dirs(run_dir / "checkpoints")[:-keep]:
-        shutil.rmtree(old)
-    return folder
+    return save_state(run_dir, state.step, model, optimizer, meta=meta, write_model=write_model, keep=keep)
 
 
 def load_run(run_dir: Path, fingerprint: str) -> RunState:
@@ -61,12 +51,7 @@ def load_run(run_dir: Path, fingerprint: str) -> RunState:
 
     Raises: CheckpointError when there is none, or it belongs to another recipe.
     """
-    folder = latest_valid(run_dir / "checkpoints")
-    tensors, meta = load_training_state(folder / TRAINING_STATE)
-    if meta["recipe"] != fingerprint or "scheduler" not in meta:
-        raise CheckpointError(
-            f"{str(folder)!r} was made with another recipe; use the same recipe and overrides, or another --out folder"
-        )
+    tensors, meta = load_state(run_dir, fingerprint, kind="scheduler")
     return RunState(
         step=cast("int", meta["step"]),
         sampled_tokens=cast("int", meta["sampled_tokens"]),

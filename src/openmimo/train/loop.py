@@ -27,7 +27,7 @@ from openmimo.train.interrupt import TrainingInterruptedError, interrupt_flag
 from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.report import Reporter
-from openmimo.train.run_folder import forget_later_metrics, make_folder
+from openmimo.train.run_folder import forget_later_metrics, make_folder, write_start
 from openmimo.train.schedule import learning_rate
 from openmimo.train.state import Progress, load_progress, restore, save_progress
 from openmimo.train.step import StepResult, StepSettings, train_step
@@ -101,7 +101,7 @@ class _Run:
             restore(self.model, self.optimizer, saved[1])
             forget_later_metrics(run_dir / "metrics.jsonl", self.progress.step)
         else:
-            self._write_start()
+            write_start(run_dir, recipe, self.model)
         self.peak_flops = monitors.matmul_peak(self.dtype, self.device)
         self.skipped = 0
         self.started = time.perf_counter()
@@ -258,16 +258,3 @@ class _Run:
         dtype = "bfloat16" if self.dtype is torch.bfloat16 else "float32"
         tokenizer_files = {path.name: path for path in (self.run_dir / "tokenizer").iterdir() if path.is_file()}
         save_model(self.model, folder, dtype=dtype, extra_files=tokenizer_files)
-
-    def _write_start(self) -> None:
-        (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        (self.run_dir / "recipe.toml").write_text(to_toml(self.recipe))
-        facts = {
-            "git_revision": monitors.git_revision(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }
-        (self.run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")

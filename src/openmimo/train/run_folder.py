@@ -6,8 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from openmimo.checkpoint.training_state import checkpoint_dirs
+from openmimo.config.recipe import to_toml
 from openmimo.errors import TrainingError
+from openmimo.model import MiMoModel
+from openmimo.train.monitors import git_revision
 
 
 def make_folder(run_dir: Path, overwrite: bool) -> None:
@@ -27,6 +32,22 @@ def make_folder(run_dir: Path, overwrite: bool) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot write into {str(run_dir)!r}: {error}; choose another --out folder") from error
+
+
+def write_start(run_dir: Path, recipe: object, model: MiMoModel) -> None:
+    """What a new run is made from: recipe.toml, and run.json with the code, the machine's part and the model's size."""
+    (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    (run_dir / "recipe.toml").write_text(to_toml(recipe))
+    weight = model.lm_head.weight
+    facts = {
+        "git_revision": git_revision(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def forget_later_metrics(path: Path, step: int) -> None:

@@ -41,10 +41,7 @@ def save_progress(
     write_model: Callable[[Path], object],
     keep: int,
 ) -> Path:
-    """Write one step folder (weights for anyone, training state for us) and drop all but the last `keep`."""
-    tensors = dict(optimizer.state_tensors())
-    tensors |= {f"buffer.{name}": buffer.detach() for name, buffer in model.named_buffers()}
-    tensors |= random_state(next(model.parameters()).device)
+    """Write one step folder and drop all but the last `keep`."""
     meta = {
         "step": progress.step,
         "stage": progress.stage,
@@ -54,10 +51,44 @@ def save_progress(
         "num_mtp_heads": model.config.num_mtp_heads,
         "recipe": fingerprint,
     }
-    folder = save_step(run_dir / "checkpoints", progress.step, write_model=write_model, tensors=tensors, meta=meta)
+    return save_state(run_dir, progress.step, model, optimizer, meta=meta, write_model=write_model, keep=keep)
+
+
+def save_state(
+    run_dir: Path,
+    step: int,
+    model: MiMoModel,
+    optimizer: MasterAdamW,
+    *,
+    meta: Mapping[str, object],
+    write_model: Callable[[Path], object],
+    keep: int,
+) -> Path:
+    """Write a step folder: weights for anyone, and for `restore` moments, buffers, random state and `meta`.
+
+    All but the last `keep` are dropped. `meta` has the fingerprint of the recipe under `recipe`.
+    """
+    tensors = dict(optimizer.state_tensors())
+    tensors |= {f"buffer.{name}": buffer.detach() for name, buffer in model.named_buffers()}
+    tensors |= random_state(next(model.parameters()).device)
+    folder = save_step(run_dir / "checkpoints", step, write_model=write_model, tensors=tensors, meta=meta)
     for old in checkpoint_dirs(run_dir / "checkpoints")[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def load_state(run_dir: Path, fingerprint: str, *, kind: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and meta of the newest state whose hashes verify; `kind` is a key that meta must have.
+
+    Raises: CheckpointError when there is none, or it belongs to another recipe.
+    """
+    folder = latest_valid(run_dir / "checkpoints")
+    tensors, meta = load_training_state(folder / TRAINING_STATE)
+    if meta["recipe"] != fingerprint or kind not in meta:
+        raise CheckpointError(
+            f"{str(folder)!r} was made with another recipe; use the same recipe and overrides, or another --out folder"
+        )
+    return tensors, meta
 
 
 def load_progress(run_dir: Path, fingerprint: str) -> tuple[Progress, dict[str, Tensor], int]:
@@ -65,12 +96,7 @@ def load_progress(run_dir: Path, fingerprint: str) -> tuple[Progress, dict[str, 
 
     Raises: CheckpointError when there is none, or it belongs to another recipe.
     """
-    folder = latest_valid(run_dir / "checkpoints")
-    tensors, meta = load_training_state(folder / TRAINING_STATE)
-    if meta["recipe"] != fingerprint:
-        raise CheckpointError(
-            f"{str(folder)!r} was made with another recipe; use the same recipe and overrides, or another --out folder"
-        )
+    tensors, meta = load_state(run_dir, fingerprint, kind="cursor")
     cursor = meta["cursor"]
     progress = Progress(
         step=_int(meta, "step"),

@@ -29,6 +29,7 @@ class FakeSource:
     path: str = ""
     task: str = ""
     split: str = "train"
+    worked_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,27 @@ def test_conversation_trains_on_the_solution_only() -> None:
     prompt, solution = problem.prompt.encode(), problem.solution.encode()
     assert document.token_ids.tolist() == [USER, *prompt, ASSISTANT, *solution]
     assert document.loss_mask.tolist() == [False] * (len(prompt) + 2) + [True] * len(solution)
+
+
+def test_a_share_of_the_answers_is_worked_wherever_the_stream_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a share that is not kept, an answer that loses its mark, and a draw that depends on what came before."""
+    monkeypatch.undo()
+    tokenizer = ByteTokenizer()
+
+    def source() -> TaskSource:
+        return TaskSource("math", levels=[1], split="train", seed=2, tokenizer=tokenizer, worked_share=0.3)
+
+    stream, texts, worked = source(), list[str](), 0
+    for index in range(400):
+        problem = tasks.sample_problem("math", split="train", level=1, seed=2, index=index)
+        text = bytes(stream.next_document().token_ids[:-1].tolist()).decode()
+        assert text in (f"{problem.prompt}\n{problem.solution}", f"{problem.prompt}\nanswer: {problem.answer}")
+        worked += text.endswith(problem.solution)
+        texts.append(text)
+    assert 0.2 < worked / len(texts) < 0.4
+    later = source()
+    later.restore({"index": 123})
+    assert bytes(later.next_document().token_ids[:-1].tolist()).decode() == texts[123]
 
 
 def test_levels_take_turns_and_no_problem_repeats() -> None:

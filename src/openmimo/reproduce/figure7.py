@@ -17,15 +17,15 @@ from openmimo import tasks
 from openmimo.data.files import PYTHON_STDLIB, find_files, shuffled
 from openmimo.engine import DraftStats, Engine, SamplingParams
 from openmimo.errors import RequestError
-from openmimo.evals.acceptance_curve import (
+from openmimo.evals.accuracy import chat_renderer
+from openmimo.evals.measuring import print_table
+from openmimo.reproduce.acceptance_curve import (
     LEAST_POINTS,
     REPORT_CURVE,
     REPORT_R_SQUARED,
     AcceptanceCurve,
     fit_curve,
 )
-from openmimo.evals.accuracy import chat_renderer
-from openmimo.evals.measuring import print_table
 
 TEXT_GROUP = "text"
 # Tokens of a file that a continuation of it starts from, and characters that surely hold as many.

@@ -18,11 +18,11 @@ from openmimo.config.model import preset
 from openmimo.engine import Engine, SamplingParams
 from openmimo.engine.torch_runner import TorchRunner
 from openmimo.errors import RequestError
-from openmimo.evals import reproduce_plots
-from openmimo.evals.acceptance_curve import AcceptanceCurve, fit_curve
-from openmimo.evals.replay_drafts import ReplayRunner, head_acceptance
-from openmimo.evals.reproduce_figure7 import Dataset, measure_figure7
 from openmimo.model import MiMoModel, build_model
+from openmimo.reproduce import plots
+from openmimo.reproduce.acceptance_curve import AcceptanceCurve, fit_curve
+from openmimo.reproduce.figure7 import Dataset, measure_figure7
+from openmimo.reproduce.replay_drafts import ReplayRunner, head_acceptance
 from openmimo.text import train_tokenizer
 
 
@@ -159,6 +159,6 @@ def test_table10_writes_what_it_prints(run_folder: Path, tmp_path: Path) -> None
 
 def test_a_missing_matplotlib_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import error after minutes of measuring."""
-    monkeypatch.setattr(reproduce_plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"openmimo\[plots\]"):
         invoke("figure7", "--model", "nowhere")

@@ -18,7 +18,7 @@ from openmimo.engine import PAGE_TOKENS, Engine, SamplingParams, resolve_model_f
 from openmimo.engine.loading import RunnerOptions, open_runner
 from openmimo.errors import RequestError
 from openmimo.evals.measuring import print_table, reported_in_turns, spread
-from openmimo.evals.replay_drafts import ReplayRunner, head_acceptance
+from openmimo.reproduce.replay_drafts import ReplayRunner, head_acceptance
 
 # From the report: per node, on GPUs; the least and the greatest of the table, and two of its cells (batch, acceptance).
 REPORT_LEAST, REPORT_GREATEST = 1.82, 2.70

@@ -1,0 +1,203 @@
+"""The count of zero gradients (num-zeros) as an early warning: under a forced imbalance of experts, and over-fitting.
+
+Three ways to go on with fine-tuning from one model: as it was; with the balance bias moved the wrong way, so that busy
+experts get busier; and on a handful of conversations again and again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmimo.checkpoint import load_model
+from openmimo.config.train import DataRecipe, SourceKind, SourceRecipe, TrainRecipe
+from openmimo.data.build import build_loader
+from openmimo.data.loader import BatchLoader
+from openmimo.data.packing import Batch
+from openmimo.model import MiMoModel, cast_model
+from openmimo.reproduce.story import DOMAINS, Story
+from openmimo.rl.monitors import TrendAlert
+from openmimo.tasks import sample_problem
+from openmimo.text import ChatTemplate, Tokenizer
+from openmimo.train import monitors
+from openmimo.train.device import compute_dtype, pick_device, to_device
+from openmimo.train.losses import language_model_losses
+from openmimo.train.memory import keep_freed_memory
+from openmimo.train.optimizer import MasterAdamW
+from openmimo.train.step import StepSettings, train_step
+
+CONTROL, IMBALANCE, OVERFIT = "control", "forced imbalance", "over-fitting"
+ARMS = (CONTROL, IMBALANCE, OVERFIT)
+# Steps that a trend is averaged over.
+WINDOW = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerosArm:
+    """Every step's count, loss on its batch, busiest expert over the mean, and the alerts that the monitor gave.
+
+    `held_out` has the loss on held-out problems after every tenth step; `cost` is the count's share of a step's time.
+    """
+
+    name: str
+    num_zeros: tuple[int, ...]
+    losses: tuple[float, ...]
+    loads: tuple[float, ...]
+    held_out: tuple[tuple[int, float], ...]
+    alerts: tuple[tuple[int, str], ...]
+    cost: float
+
+    @property
+    def change(self) -> float:
+        """The last steps' mean count over the first steps'."""
+        return statistics.mean(self.num_zeros[-WINDOW:]) / max(1.0, statistics.mean(self.num_zeros[:WINDOW]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerosReport:
+    """All arms, and the parameters that could be zero."""
+
+    arms: tuple[ZerosArm, ...]
+    num_parameters: int
+
+
+def measure_numzeros(story: Story, *, steps: int, conversations: int, reverse_rate: float, seed: int) -> ZerosReport:
+    """Train each arm for `steps` on a constant learning rate, that of the last stage's beginning.
+
+    `conversations` are what over-fitting repeats; `reverse_rate` is how fast the balance bias moves the wrong way.
+    """
+    base, model_dir = story.recipe.base, story.base().model
+    keep_freed_memory()
+    few = story.folder / "few-conversations.jsonl"
+    _write_conversations(few, conversations, seed)
+    arms: list[ZerosArm] = []
+    size = 0
+    for name in ARMS:
+        story.say(f"num-zeros, {name}: {steps} steps")
+        arm, size = _run(base, model_dir, name, few, steps, reverse_rate, seed)
+        arms.append(arm)
+    return ZerosReport(arms=tuple(arms), num_parameters=size)
+
+
+def numzeros_rows(report: ZerosReport) -> tuple[list[str], list[list[str]]]:
+    """A row per arm."""
+    header = ["", "num-zeros at first", "at last", "change", "busiest expert", "loss", "held out", "alert", "cost"]
+    rows = [
+        [
+            arm.name,
+            f"{statistics.mean(arm.num_zeros[:WINDOW]):,.0f}",
+            f"{statistics.mean(arm.num_zeros[-WINDOW:]):,.0f}",
+            f"{arm.change:.2f}x",
+            f"{arm.loads[0]:.1f} -> {arm.loads[-1]:.1f}",
+            f"{arm.losses[0]:.3f} -> {arm.losses[-1]:.3f}",
+            f"{arm.held_out[0][1]:.3f} -> {arm.held_out[-1][1]:.3f}",
+            f"{arm.alerts[0][1]} at step {arm.alerts[0][0]}" if arm.alerts else "none",
+            f"{arm.cost:.2%}",
+        ]
+        for arm in report.arms
+    ]
+    return header, rows
+
+
+def numzeros_figures(report: ZerosReport) -> dict[str, Any]:
+    """All figures, as JSON takes them."""
+    return {**asdict(report), "changes": {arm.name: arm.change for arm in report.arms}}
+
+
+def _run(
+    base: TrainRecipe, model_dir: Path, name: str, few: Path, steps: int, reverse_rate: float, seed: int
+) -> tuple[ZerosArm, int]:
+    device = pick_device(base.device)
+    model = cast_model(load_model(model_dir), compute_dtype(base.precision, device)).to(device)
+    o, stage = base.optimizer, base.stages[-1]
+    optimizer = MasterAdamW(
+        model.named_parameters(), betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, grad_clip=o.grad_clip
+    )
+    forced = name == IMBALANCE
+    settings = StepSettings(
+        num_mtp_heads=model.config.num_mtp_heads,
+        mtp_weight=stage.mtp_loss_weight,
+        balance_weight=0.0 if forced else stage.sequence_aux_weight,
+        bias_update_rate=-reverse_rate if forced else stage.bias_update_rate,
+    )
+    rate, _ = base.learning_rates(stage)
+    recipe = base.data_of(stage)
+    if name == OVERFIT:
+        recipe = replace(recipe, sources=(SourceRecipe(kind=SourceKind.TEXT, path=str(few)),))
+    tokenizer = Tokenizer.load(model_dir)
+    unseen = replace(base.data, sources=tuple(replace(source, split="test") for source in base.data.sources))
+    with _loader(unseen, tokenizer, seed) as held_out:
+        probe = to_device(next(held_out), device)
+    zeros: list[int] = []
+    losses: list[float] = []
+    loads: list[float] = []
+    tests: list[tuple[int, float]] = []
+    alerts: list[tuple[int, str]] = []
+    costs: list[float] = []
+    alert = TrendAlert(window=WINDOW)
+    with _loader(recipe, tokenizer, seed) as batches:
+        for step in range(steps):
+            batch = to_device(next(batches), device)
+            began = time.perf_counter()
+            result = train_step(
+                model,
+                optimizer,
+                batch.token_ids_BT,
+                batch.document_ids_BT,
+                batch.position_ids_BT,
+                batch.loss_mask_BT,
+                learning_rate=rate,
+                settings=settings,
+            )
+            trained = time.perf_counter()
+            zeros.append(monitors.num_zeros(model)["all"])
+            costs.append((time.perf_counter() - trained) / (trained - began))
+            losses.append(float(result.losses.next_token.detach()))
+            load_LE = result.tokens_per_expert_LE
+            loads.append(1.0 if load_LE is None else monitors.expert_load(load_LE)["worst"])
+            found = alert.observe(zeros[-1])
+            if found:
+                alerts.append((step + 1, found))
+            if step % WINDOW == 0 or step == steps - 1:
+                tests.append((step + 1, _loss(model, probe)))
+    arm = ZerosArm(
+        name=name,
+        num_zeros=tuple(zeros),
+        losses=tuple(losses),
+        loads=tuple(loads),
+        held_out=tuple(tests),
+        alerts=tuple(alerts),
+        cost=statistics.median(costs),
+    )
+    return arm, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _loader(recipe: DataRecipe, tokenizer: Tokenizer, seed: int) -> BatchLoader:
+    return build_loader(recipe, tokenizer, seed=seed, stage="sft", template=ChatTemplate(tokenizer))
+
+
+@torch.no_grad()
+def _loss(model: MiMoModel, batch: Batch) -> float:
+    """Next-token loss on a batch's answers."""
+    output = model(batch.token_ids_BT, position_ids_BT=batch.position_ids_BT, document_ids_BT=batch.document_ids_BT)
+    losses = language_model_losses(
+        output, batch.document_ids_BT, batch.loss_mask_BT, num_mtp_heads=0, mtp_weight=0.0, balance_weight=0.0
+    )
+    return float(losses.next_token)
+
+
+def _write_conversations(path: Path, number: int, seed: int) -> None:
+    """As many problems with worked answers, the domains taking turns."""
+    lines: list[str] = []
+    for index in range(number):
+        domain = DOMAINS[index % len(DOMAINS)]
+        problem = sample_problem(domain, split="train", level=1, seed=seed, index=index)
+        turns = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.solution}]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(lines))
