@@ -125,7 +125,7 @@ def bench_rows() -> Rows:
 
 
 def mtp_rows() -> Rows:
-    """Drafting on the demo's model beside plain decoding, and the faster of llama.cpp's two ways."""
+    """Drafting beside plain decoding, and the faster of llama.cpp's two ways."""
     found = read("bench-mtp-demo")
     if found is None:
         return []
@@ -140,7 +140,11 @@ def mtp_rows() -> Rows:
             f"({auto['tokens_per_s'] / peer:.1f}x)"
         )
         rows.append(
-            (f"drafting, demo model, {work}", "`openmimo bench mtp --model runs/demo --against llama.cpp`", figure)
+            (
+                f"drafting, `recipes/demo.toml` with every worked_share 1, {work}",
+                "`openmimo bench mtp --model RUN --against llama.cpp`",
+                figure,
+            )
         )
     return rows
 
