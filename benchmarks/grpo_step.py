@@ -1,9 +1,8 @@
 """A step of reinforcement learning beside TRL's GRPOTrainer: same model, prompts, group size, token limit and threads.
 
-Usage: python benchmarks/grpo_step.py [--prompts 32] [--group 8] [--max-tokens 192] [--rounds 3] [--steps 2]
+Usage: python benchmarks/grpo_step.py [--model runs/demo/base] [--prompts 32] [--group 8] [--rounds 3]
 Needs trl and transformers (`pip install trl`). TRL samples with transformers' generate, which is what it has without a
-GPU; its best of fp32 and bf16 weights counts. Both take turns; prints a table and one JSON line. The model is trained
-for `--base-steps` first, so that answers end by themselves.
+GPU; its best of fp32 and bf16 weights counts. Both take turns; prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from openmimo.checkpoint.convert import convert
 from openmimo.config.rl import RLRecipe
 from openmimo.evals.measuring import describe_machine, print_result, print_table, spread
-from openmimo.reproduce.story import Story, load_story
+from openmimo.reproduce.story import load_story
 from openmimo.rl.loop import PolicyRun
 from openmimo.tasks import grade_response, sample_problem
 from openmimo.text import ChatTemplate, Tokenizer
@@ -34,10 +33,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        shares = [f"base.stages.{index}.steps={steps}" for index, steps in enumerate(parts(options.base_steps))]
-        story = Story(folder, load_story(shares))
-        recipe = our_recipe(story, options)
-        convert(story.base().model, folder / "theirs", layout="native", dtype="float32")
+        recipe = our_recipe(options)
+        convert(options.model / "model", folder / "theirs", layout="native", dtype="float32")
         ours = PolicyRun(recipe, folder / "ours")
         seconds: dict[str, list[float]] = {"openmimo": [], **{f"trl, {dtype}": [] for dtype in DTYPES}}
         lengths: dict[str, list[float]] = {name: [] for name in seconds}
@@ -62,22 +59,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of each in a round")
-    parser.add_argument("--base-steps", type=int, default=500)
+    parser.add_argument("--model", type=Path, default=Path("runs/demo/base"), help="run folder of the model to train")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
-def parts(steps: int) -> tuple[int, int, int]:
-    """Pre-training, fine-tuning and the heads' stage."""
-    return (steps * 6 // 10, steps * 2 // 10, steps - steps * 6 // 10 - steps * 2 // 10)
-
-
-def our_recipe(story: Story, options: argparse.Namespace) -> RLRecipe:
-    recipe = story.teacher_recipe("math")
+def our_recipe(options: argparse.Namespace) -> RLRecipe:
+    recipe = load_story().teacher
     rollout = replace(
         recipe.rollout, prompts=options.prompts, group_size=options.group, max_tokens=options.max_tokens, resample=0.0
     )
-    return replace(recipe, rollout=rollout, steps=options.rounds * options.steps, name="ours")
+    return replace(recipe, model=str(options.model), rollout=rollout, token_budget=0, steps=100_000, name="ours")
 
 
 def trl_steps(model: Path, dtype: str, folder: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
