@@ -167,6 +167,24 @@ def context_rows() -> Rows:
     return rows
 
 
+def r3_rows() -> Rows:
+    """What replay does to the mismatch of trainer and sampler, by sampling precision."""
+    found = read("r3")
+    if found is None:
+        return []
+    rows: Rows = []
+    for gap in found["gaps"]:
+        figure = (
+            f"KL {gap['native_kl']:.1e} without, {gap['kl']:.1e} with; ratio beyond 2 {gap['native_extreme']:.3%}, "
+            f"{gap['extreme']:.3%} of tokens; other experts {gap['native_routes']:.1%}, {gap['routes']:.1%}"
+        )
+        exact = gap["precision"] == "exact"
+        pair = "trainer and sampler on one fp32 path" if exact else f"sampler in {gap['precision']}, trainer in bf16"
+        label = f"{pair}: without and with replay (R3)"
+        rows.append((label, "`openmimo reproduce r3`", figure))
+    return rows
+
+
 def fuzz_rows() -> Rows:
     found = read("checkpoint_fuzz")
     if found is None:
@@ -185,7 +203,8 @@ def machine() -> str:
 
 
 def main() -> None:
-    rows = [*demo_rows(), *train_rows(), *attention_rows(), *bench_rows(), *mtp_rows(), *context_rows(), *fuzz_rows()]
+    speed = [*train_rows(), *attention_rows(), *bench_rows(), *mtp_rows(), *context_rows()]
+    rows = [*demo_rows(), *r3_rows(), *speed, *fuzz_rows()]
     for name, head in HEADS.items():
         path = ROOT / name
         text = path.read_text()
