@@ -39,8 +39,10 @@ from openmimo.train.state import TRAINING_STATE
 # Where a run is killed, and how many calls at most pass before it is: about two steps' worth.
 PHASES = {"sampling": 60, "grading": 8, "updating": 6, "weights": 2, "checkpoint": 4}
 EQUAL = ("weights", "metrics", "prompts")
-# Of a record, what the clock decides.
-CLOCKS = ("seconds", "monitor_share_of_step")
+# Of a record, what the clock decides: the engine also drafts where it measured that drafts pay.
+CLOCKS = ("seconds", "monitor_share_of_step", "acceptance_length")
+# Of a state, what a process begins with by chance and nothing here draws from: answers have seeds of their own.
+CHANCE = "rng"
 
 
 def main() -> int:
@@ -148,7 +150,7 @@ def model_bytes(run: Path) -> dict[str, bytes]:
 def state_of(run: Path) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Moments and master weights as plain numbers, and the scheduler's counts, of the last checkpoint."""
     tensors, meta = load_training_state(latest_valid(run / "checkpoints") / TRAINING_STATE)
-    return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}, {
+    return {name: tensor.flatten().tolist() for name, tensor in tensors.items() if name != CHANCE}, {
         key: meta[key] for key in ("step", "sampled_tokens", "scheduler", "rollout")
     }
 
