@@ -1,8 +1,8 @@
 """A step of reinforcement learning beside TRL's GRPOTrainer: same model, prompts, group size, token limit and threads.
 
 Usage: python benchmarks/grpo_step.py [--model runs/demo/base] [--prompts 32] [--group 8] [--rounds 3]
-Needs trl and transformers (`pip install trl`). TRL samples with transformers' generate, which is what it has without a
-GPU; its best of fp32 and bf16 weights counts. Both take turns; prints a table and one JSON line.
+Needs a model (`make demo`), trl and transformers (`pip install trl`). TRL samples with transformers' generate, which is
+what it has without a GPU; its best of fp32 and bf16 weights counts. Both take turns; prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from openmimo.checkpoint.convert import convert
 from openmimo.config.rl import RLRecipe
+from openmimo.engine import resolve_model_folder
 from openmimo.evals.measuring import describe_machine, print_result, print_table, spread
 from openmimo.reproduce.story import load_story
 from openmimo.rl.loop import PolicyRun
@@ -34,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = our_recipe(options)
-        convert(options.model / "model", folder / "theirs", layout="native", dtype="float32")
+        convert(resolve_model_folder(options.model), folder / "theirs", layout="native", dtype="float32")
         ours = PolicyRun(recipe, folder / "ours")
         seconds: dict[str, list[float]] = {"openmimo": [], **{f"trl, {dtype}": [] for dtype in DTYPES}}
         lengths: dict[str, list[float]] = {name: [] for name in seconds}

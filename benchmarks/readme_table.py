@@ -181,7 +181,7 @@ def r3_rows() -> Rows:
         exact = gap["precision"] == "exact"
         pair = "trainer and sampler on one fp32 path" if exact else f"sampler in {gap['precision']}, trainer in bf16"
         label = f"{pair}: without and with replay (R3)"
-        rows.append((label, "`openmimo reproduce r3`", figure))
+        rows.append((label, "`openmimo reproduce r3 --steps 0`", figure))
     return rows
 
 

@@ -62,7 +62,8 @@ def demo_command(
     console.print(f"\n[bold]4. Examination[/] on {num} problems per domain that were never trained on")
     table = measure_table7(story, seeds=[seed], num_problems=num, baselines=False)
     model = out / "model"
-    shutil.copytree(student.model, model, dirs_exist_ok=True)
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(student.model, model)
     reports, speed = _show_answers(console, model, DOMAINS, seed=seed, num=num)
     print_table(*table7_rows(table))
     picture = _draw(story, seed, out)

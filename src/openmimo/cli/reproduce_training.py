@@ -84,7 +84,7 @@ def r3_command(
     domain: Annotated[str, typer.Option(help="Domain to learn.")] = "math",
     precisions: Annotated[
         str, typer.Option(help="Formats of the sampler's weights, comma-separated; exact is the invariant fp32 path.")
-    ] = "exact,bf16,int8,int4",
+    ] = "exact,bf16,int8,fp8,int4",
     seeds: SeedsOption = "0,1,2",
     steps: Annotated[int, typer.Option(min=0, help="Steps of learning; 0 measures the mismatch alone.")] = 60,
     learning_rate: Annotated[float, typer.Option(help="Of the runs that learn.")] = 1e-3,

@@ -111,5 +111,6 @@ def _curve(story: Story, name: str, seed: int, outcome_steps: int) -> tuple[Curv
         rollout=student.rollout,
         seed=seed,
         steps=outcome_steps,
+        token_budget=0,
     )
     return story.policy(f"outcome-alone-{seed}", recipe, every=STUDENT_EVERY).curve

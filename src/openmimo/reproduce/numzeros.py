@@ -115,10 +115,7 @@ def _run(
 ) -> tuple[ZerosArm, int]:
     device = pick_device(base.device)
     model = cast_model(load_model(model_dir), compute_dtype(base.precision, device)).to(device)
-    o, stage = base.optimizer, base.stages[-1]
-    optimizer = MasterAdamW(
-        model.named_parameters(), betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, grad_clip=o.grad_clip
-    )
+    optimizer, stage = MasterAdamW.from_recipe(model, base.optimizer), base.stages[-1]
     forced = name == IMBALANCE
     settings = StepSettings(
         num_mtp_heads=model.config.num_mtp_heads,

@@ -102,6 +102,7 @@ def measure_r3(
                 recipe,
                 seed=seed,
                 steps=steps,
+                token_budget=0,
                 minibatches=minibatches,
                 loss=bare,
                 optimizer=optimizer,

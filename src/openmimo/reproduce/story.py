@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from openmimo.train.run_folder import forget_later_metrics
 DOMAINS = ("math", "code", "logic")
 # In the package, so that an installed one has them; `recipes/` of the repository links there.
 RECIPES = Path(__file__).parents[1] / "recipes"
-PARTS = {"base": ("demo.toml", TrainRecipe), "teacher": ("teacher.toml", RLRecipe), "student": ("mopd.toml", RLRecipe)}
+PARTS = {"base": "demo.toml", "teacher": "teacher.toml", "student": "mopd.toml"}
 # Problems of an examination: other numbers than those that curves along a run are made of.
 EXAM_SEED, CURVE_SEED = 1_000, 2_000
 # At which answers are drawn: that of the rollouts, so a policy is judged by what it does.
@@ -100,9 +100,9 @@ def load_story(overrides: Sequence[str] = (), *, seed: int = 0) -> StoryRecipe:
             )
         by_part[part].append(rest)
     return StoryRecipe(
-        base=load_recipe(RECIPES / "demo.toml", by_part["base"], TrainRecipe),
-        teacher=load_recipe(RECIPES / "teacher.toml", by_part["teacher"], RLRecipe),
-        student=load_recipe(RECIPES / "mopd.toml", by_part["student"], RLRecipe),
+        base=load_recipe(RECIPES / PARTS["base"], by_part["base"], TrainRecipe),
+        teacher=load_recipe(RECIPES / PARTS["teacher"], by_part["teacher"], RLRecipe),
+        student=load_recipe(RECIPES / PARTS["student"], by_part["student"], RLRecipe),
     )
 
 
@@ -188,7 +188,7 @@ class Story:
     def exam(self, model: Path, num_problems: int, *, split: str = "test") -> Exam:
         """The model's scores, from the same BF16 engine for all models; kept beside the model."""
         path = model.parent / f"exam-{split}-{num_problems}.json"
-        stamp = hashlib.sha256((model / "manifest.json").read_bytes()).hexdigest()
+        stamp = models_mark([model])
         if path.is_file():
             kept = json.loads(path.read_text())
             if kept["model"] == stamp:
@@ -200,6 +200,14 @@ class Story:
         )
         path.write_text(json.dumps({"model": stamp, "drawn": drawn, "greedy": greedy}) + "\n")
         return Exam(drawn=drawn, greedy=greedy, num_problems=num_problems)
+
+
+def models_mark(folders: Iterable[Path | str]) -> str:
+    """A hash of the models' contents, from their manifests."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        digest.update((resolve_model_folder(folder) / "manifest.json").read_bytes())
+    return digest.hexdigest()
 
 
 def mean(scores: Scores) -> float:
@@ -272,7 +280,4 @@ def _mark(recipe: TrainRecipe | RLRecipe) -> str:
         folders = [recipe.model, *(teacher.folder for teacher in recipe.teachers if teacher.folder != OWN_START)]
     else:
         folders = [recipe.model.folder] if recipe.model.folder else []
-    digest = hashlib.sha256(to_toml(recipe).encode())
-    for folder in folders:
-        digest.update((resolve_model_folder(folder) / "manifest.json").read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256((to_toml(recipe) + models_mark(folders)).encode()).hexdigest()

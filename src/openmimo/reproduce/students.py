@@ -15,7 +15,7 @@ from openmimo.checkpoint import load_model, save_model
 from openmimo.config.train import ModelRecipe, SourceKind, SourceRecipe, StageKind, TrainRecipe
 from openmimo.engine import Engine, SamplingParams
 from openmimo.evals.accuracy import chat_renderer
-from openmimo.reproduce.story import DOMAINS, TEMPERATURE, FinishedRun, Story, mean
+from openmimo.reproduce.story import DOMAINS, TEMPERATURE, FinishedRun, Story, mean, models_mark
 from openmimo.tasks import grade_response, sample_problem
 from openmimo.text import Tokenizer
 
@@ -66,7 +66,8 @@ def sequential_rl(story: Story, seed: int, token_budget: int) -> list[FinishedRu
 
 def imitation(story: Story, seed: int, token_budget: int) -> FinishedRun:
     """Fine-tuning on the teachers' right answers; all that they wrote counts as sampled."""
-    path = story.folder / f"answers-{seed}-{token_budget}.jsonl"
+    teachers = models_mark(story.teacher(domain).model for domain in DOMAINS)
+    path = story.folder / f"answers-{seed}-{token_budget}-{teachers[:12]}.jsonl"
     if not path.is_file():
         _write_answers(story, path, seed, token_budget)
     base = story.recipe.base

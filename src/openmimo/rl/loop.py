@@ -89,10 +89,7 @@ class PolicyRun:
         template = ChatTemplate(self.tokenizer)
         self.model = cast_model(load_model(start), self.dtype).to(self.device)
         self.model.set_invariant(exact)
-        o = recipe.optimizer
-        self.optimizer = MasterAdamW(
-            self.model.named_parameters(), betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, grad_clip=o.grad_clip
-        )
+        self.optimizer = MasterAdamW.from_recipe(self.model, recipe.optimizer)
         self.teachers = Teachers(recipe.teachers, start=start, dtype=self.dtype, device=self.device)
         self.scheduler = PromptScheduler(recipe, lambda text: template.render([{"role": "user", "content": text}]))
         self.step = self.sampled_tokens = 0
@@ -128,6 +125,9 @@ class PolicyRun:
                 self.on_step(0, self)
             while not self.is_finished():
                 self.one_step()
+                # Before the step is saved: what is told twice after a kill can be dropped, what is not told is lost.
+                if self.on_step is not None:
+                    self.on_step(self.step, self)
                 every = self.recipe.checkpoint.every_steps
                 if interrupted():
                     folder = self.save()
@@ -136,8 +136,6 @@ class PolicyRun:
                     )
                 if every and self.step % every == 0:
                     self.save()
-                if self.on_step is not None:
-                    self.on_step(self.step, self)
         self.save()
         model_dir = self.run_dir / "model"
         self.write_model(model_dir)

@@ -95,7 +95,7 @@ class _Run:
             device=self.device,
             saved_heads=None if saved is None else saved[2],
         )
-        self.optimizer = self._new_optimizer()
+        self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer)
         if saved is not None:
             self.progress = saved[0]
             restore(self.model, self.optimizer, saved[1])
@@ -233,15 +233,9 @@ class _Run:
         if stage.mtp_heads > self.model.config.num_mtp_heads:
             known = {n: x for n, x in self.optimizer.state_tensors().items() if ".mtp_heads." not in n}
             replicate_mtp_head(self.model, stage.mtp_heads)
-            self.optimizer = self._new_optimizer()
+            self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer)
             self.optimizer.load_state_tensors(known, partial=True)
         self.progress = replace(self.progress, stage=index)
-
-    def _new_optimizer(self) -> MasterAdamW:
-        o = self.recipe.optimizer
-        return MasterAdamW(
-            self.model.named_parameters(), betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, grad_clip=o.grad_clip
-        )
 
     def _save_checkpoint(self) -> Path:
         return save_progress(

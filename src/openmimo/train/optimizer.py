@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from openmimo.config.train import OptimizerRecipe
 from openmimo.kernels import optimizer as kernels
 
 
@@ -39,6 +40,17 @@ class MasterAdamW:
         plain = [m for m in self.masters if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+
+    @staticmethod
+    def from_recipe(model: nn.Module, recipe: OptimizerRecipe) -> MasterAdamW:
+        """For all parameters of the model that learn."""
+        return MasterAdamW(
+            model.named_parameters(),
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            grad_clip=recipe.grad_clip,
+        )
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:

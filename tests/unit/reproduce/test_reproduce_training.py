@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from openmimo.checkpoint import load_model, save_model
 from openmimo.cli.main import build_app
 from openmimo.errors import ConfigError
 from openmimo.reproduce import seesaw, story, students
-from openmimo.reproduce.figure6 import Arm, first_reached
+from openmimo.reproduce.figure6 import Arm, first_reached, measure_figure6
 from openmimo.reproduce.numzeros import CONTROL, IMBALANCE, OVERFIT, measure_numzeros
 from openmimo.reproduce.r3 import EXACT, measure_r3
 from openmimo.reproduce.story import DOMAINS, CurvePoint, FinishedRun, Story, load_story
@@ -132,14 +135,28 @@ def test_merged_weights_are_the_base_and_the_teachers_differences(
         assert not torch.equal(value, base[key])
 
 
-def test_imitation_counts_wrong_answers_and_learns_from_right_ones(folder: Path) -> None:
-    """Catches a budget of right answers only, and an answer that is kept although it is wrong."""
+def test_imitation_counts_wrong_answers_and_learns_from_right_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a budget of right answers only, one that a domain overdraws, and an answer kept although it is wrong."""
     made, _ = short_story(folder)
-    path = folder / "answers.jsonl"
-    students._write_answers(made, path, seed=0, token_budget=400)  # pyright: ignore[reportPrivateUsage]
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sum(line["num_tokens"] for line in lines) <= 400  # an untrained teacher is seldom right
-    assert all("right" not in line for line in lines)
+
+    def answers(_: Story, domain: str, seed: int) -> Iterator[dict[str, Any]]:
+        for index in count():
+            yield {"messages": [domain, index], "num_tokens": 10, "right": index % 3 == 0}
+
+    monkeypatch.setattr(students, "_answers", answers)
+    students._write_answers(made, folder / "answers.jsonl", seed=0, token_budget=150)  # pyright: ignore[reportPrivateUsage]
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert lines == [{"messages": [domain, index], "num_tokens": 10} for domain in DOMAINS for index in (0, 3)]
+
+
+def test_a_teacher_writes_until_it_is_told_to_stop(folder: Path) -> None:
+    """Catches prompts that repeat from round to round, and lengths that are not those of the tokens sampled."""
+    made, _ = short_story(folder)
+    told = list(islice(students._answers(made, "logic", 0), 6))  # pyright: ignore[reportPrivateUsage]
+    assert len({answer["messages"][0]["content"] for answer in told}) == 6  # a round has four
+    assert all(1 <= answer["num_tokens"] <= 8 for answer in told)
 
 
 def test_table7_has_every_way_with_its_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +197,17 @@ def test_a_budget_ends_a_run_with_the_step_that_spends_it(folder: Path) -> None:
     assert 1 < run.steps < 50
     assert 200 <= run.sampled_tokens <= 200 + 2 * 48  # groups that are replaced count
     assert run.curve[-1].step == run.steps
+
+
+def test_runs_of_a_number_of_steps_are_not_cut_by_the_teachers_budget(tmp_path: Path) -> None:
+    """Catches an arm of Figure 6, or learning with and without replay, that ends when a teacher would."""
+    made, _ = short_story(tmp_path, "teacher.token_budget=1")
+    assert made.teacher("math").steps == 1
+    figure = measure_figure6(made, seeds=[0], outcome_steps=3)
+    assert figure.arms[0].curves[0][-1].step == 3
+    options = {"learning_rate": 1e-3, "minibatches": 1, "weights": "int8"}
+    report = measure_r3(made, domain="math", precisions=[], seeds=[0], steps=2, **options)
+    assert [len(arm.rewards[0]) for arm in report.learning] == [2, 2]
 
 
 def test_reaching_is_the_first_step_that_is_good_enough() -> None:
