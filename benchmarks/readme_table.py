@@ -141,7 +141,7 @@ def mtp_rows() -> Rows:
         )
         rows.append(
             (
-                f"drafting, `recipes/demo.toml` with every worked_share 1, {work}",
+                f"drafting, `recipes/demo.toml` with every guess_share 0, {work}",
                 "`openmimo bench mtp --model RUN --against llama.cpp`",
                 figure,
             )

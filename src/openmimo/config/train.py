@@ -105,8 +105,8 @@ class ModelRecipe:
 class SourceRecipe:
     """One stream of documents and its share of the tokens, `weight` over the sum of all weights.
 
-    `task` sources need `domain` and may name one `task` of it, `levels`, `split`, and `worked_share`, the share of the
-    problems whose answer comes with its working; the others have the answer alone. `text` sources need `path`.
+    `task` sources need `domain` and may name one `task` of it, `levels`, `split`, and `guess_share`, the share of the
+    problems that are answered with a guess instead of being worked out. `text` sources need `path`.
     """
 
     kind: SourceKind
@@ -115,11 +115,11 @@ class SourceRecipe:
     task: str = ""
     levels: tuple[int, ...] = (1,)
     split: str = "train"
-    worked_share: float = 1.0
+    guess_share: float = 0.0
     path: str = ""
 
     def __post_init__(self) -> None:
-        demand_numbers(self, positive=("weight",), not_negative=("worked_share",))
+        demand_numbers(self, positive=("weight",), not_negative=("guess_share",))
         needed, foreign = ("domain", "path") if self.kind is SourceKind.TASK else ("path", "domain")
         if not getattr(self, needed) or getattr(self, foreign):
             raise ConfigError(f"a {self.kind.value} source needs {needed!r} and takes no {foreign!r}")
@@ -129,8 +129,8 @@ class SourceRecipe:
             raise ConfigError(f"levels={self.levels} must be one or more whole numbers of at least 0")
         if self.split not in SPLITS:
             raise ConfigError(f"split={self.split!r} is unknown; {nearest(self.split, SPLITS)}")
-        if self.worked_share > 1:
-            raise ConfigError(f"worked_share={self.worked_share} must be a share of at most 1")
+        if self.guess_share > 1:
+            raise ConfigError(f"guess_share={self.guess_share} must be a share of at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

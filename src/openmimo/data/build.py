@@ -78,7 +78,7 @@ def _build_source(
                 tokenizer=tokenizer,
                 template=template if sft else None,
                 task=recipe.task or None,
-                worked_share=recipe.worked_share,
+                guess_share=recipe.guess_share,
             )
         case "text":
             return TextSource(

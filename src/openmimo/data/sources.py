@@ -17,7 +17,7 @@ from openmimo.data.documents import Document, Encoder, State, TrainingTemplate, 
 from openmimo.data.files import TEXT_SUFFIXES, find_files, fingerprint, shuffled
 from openmimo.data.readers import Record, RecordFile, open_records
 from openmimo.errors import DataError, TextError
-from openmimo.tasks.problem import ANSWER_MARK, number_from
+from openmimo.tasks.problem import ANSWER_MARK, Problem, number_from
 
 END_OF_TEXT = "<|endoftext|>"
 CACHE_ENTRY_BYTES = 600
@@ -54,7 +54,7 @@ class TaskSource:
 
     With a `template` a document is a conversation (prompt by the user, solution by the assistant) and the assistant's
     tokens are the targets; without one it is the text `prompt`, a line end, `solution`, and all of it is target.
-    The levels take turns. A `worked_share` of the answers come with their working; the others are one line.
+    The levels take turns. A `guess_share` of the answers are guesses: one line, with another problem's answer.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TaskSource:
         tokenizer: Encoder,
         template: TrainingTemplate | None = None,
         task: str | None = None,
-        worked_share: float = 1.0,
+        guess_share: float = 0.0,
     ) -> None:
         if not levels:
             raise DataError(f"task source {domain!r} got no levels; give at least one, such as levels = [1]")
@@ -79,21 +79,13 @@ class TaskSource:
         self._seed = seed
         self._tokenizer = tokenizer
         self._template = template
-        self._worked_share = worked_share
+        self._guess_share = guess_share
         self._index = 0
 
     def next_document(self) -> Document:
         """The document at the position; moves on."""
-        round_index, turn = divmod(self._index, len(self._levels))
-        problem = tasks.sample_problem(
-            self._domain,
-            split=self._split,
-            level=self._levels[turn],
-            seed=self._seed,
-            index=round_index,
-            task=self._task,
-        )
-        solution = problem.solution if self._is_worked() else problem.solution[problem.solution.rindex(ANSWER_MARK) :]
+        problem = self._problem(self._index)
+        solution = self._guess(problem) or problem.solution
         self._index += 1
         if self._template is None:
             ids = self._tokenizer.encode(f"{problem.prompt}\n{solution}")
@@ -112,11 +104,27 @@ class TaskSource:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _is_worked(self) -> bool:
-        """A draw that depends on the source and the position alone."""
-        if self._worked_share == 1.0:
-            return True
-        return Random(number_from(f"worked/{self.name}/{self._seed}/{self._index}")).random() < self._worked_share
+    def _problem(self, index: int, task: str | None = None) -> Problem:
+        round_index, turn = divmod(index, len(self._levels))
+        return tasks.sample_problem(
+            self._domain,
+            split=self._split,
+            level=self._levels[turn],
+            seed=self._seed,
+            index=round_index,
+            task=task or self._task,
+        )
+
+    def _guess(self, problem: Problem) -> str:
+        """The answer of another problem of that task, or "" where this one is worked out."""
+        if self._guess_share == 0.0:
+            return ""
+        rng = Random(number_from(f"guess/{self.name}/{self._seed}/{self._index}"))
+        if rng.random() >= self._guess_share:
+            return ""
+        # One of the same level that the stream has elsewhere.
+        other = self._problem(self._index % len(self._levels) + len(self._levels) * rng.getrandbits(30), problem.task)
+        return f"{ANSWER_MARK} {other.answer}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,10 @@ def selections(values: Values) -> list[str]:
 
 
 class Predict(Task):
-    """The list after one to three (level 1) or up to seven operations; the worked answer shows every list between.
+    """The list after up to three (level 1) or seven operations; the worked answer shows every list between.
 
-    Level 1 keeps to different digits and to the simplest operations, with arithmetic in one of them at most.
+    Level 1 has two or three unless one of them does not fit the list. It keeps to different digits and to the simplest
+    operations, with arithmetic in one of them at most.
     """
 
     name: ClassVar[str] = "predict"
@@ -90,7 +91,7 @@ def _first_level(rng: Random) -> tuple[Values, Program]:
     values = current = tuple(draw(rng, range(low, low + 7), between(rng, 3, 5)))
     program: list[Operation] = []
     open_names: list[str] = list(FIRST_OPERATIONS)
-    for _ in range(between(rng, 1, 3)):
+    for _ in range(between(rng, 2, 3)):
         name = pick(rng, open_names)
         operation = _digit_operation(rng, name, current)
         if operation is None:
