@@ -129,7 +129,12 @@ def _show_answers(
 def _write_report(
     path: Path, seconds: float, table: Mapping[str, Any], reports: Mapping[str, DomainReport], speed: SpeedReport
 ) -> None:
+    from dataclasses import asdict
+
+    from openmimo.evals.measuring import describe_machine
+
     report: dict[str, Any] = {
+        "machine": asdict(describe_machine()),
         "seconds": seconds,
         **table,
         "domains": {
