@@ -18,8 +18,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
-HEADS = {"README.md": ("what", "command", "figure"), "README.zh-CN.md": ("项目", "命令", "数值")}
-MACHINE = {"README.md": "Machine: {}.", "README.zh-CN.md": "机器 {}。"}
+HEADS = {
+    "README.md": ("what", "command", "figure", "machine"),
+    "README.zh-CN.md": ("项目", "命令", "数值", "机器"),
+}
+MACHINE = {"README.md": "Machine {}: {}.", "README.zh-CN.md": "机器 {} 为 {}。"}
 
 Rows = list[tuple[str, str, str]]
 
@@ -27,6 +30,28 @@ Rows = list[tuple[str, str, str]]
 def read(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+class Machines:
+    """The machines of the table, lettered in the order in which they come up."""
+
+    def __init__(self) -> None:
+        self.letters: dict[str, str] = {}
+
+    def mark(self, rows: Rows, name: str) -> list[tuple[str, ...]]:
+        """The rows that came from the first of the files that `name` matches, with the letter of its machine."""
+        found = [json.loads(path.read_text()).get("machine") for path in sorted(RESULTS.glob(f"{name}.json"))]
+        known = [describe(machine) for machine in found if machine]
+        if not known:
+            return [(*row, "") for row in rows]
+        letter = self.letters.setdefault(known[0], chr(ord("A") + len(self.letters)))
+        return [(*row, letter) for row in rows]
+
+
+def describe(machine: dict[str, Any]) -> str:
+    features = ", ".join(machine["features"])
+    versions = f"torch {machine['torch_version']}, Python {machine['python']}"
+    return f"{machine['cpu']}, {machine['cores']} cores ({features}), {versions}"
 
 
 def demo_rows() -> Rows:
@@ -61,20 +86,18 @@ def demo_scores(report: Any, domain: str) -> str:
     return ", ".join(f"{100 * score:.1f}%" for score in scores)
 
 
-def train_rows() -> Rows:
-    rows: Rows = []
-    for preset in ("tiny", "small"):
-        found = read(f"train-{preset}")
-        if found is not None:
-            ours, theirs = (found["tokens_per_second"][name] for name in ("openmimo", "transformers"))
-            share, peak = 100 * found["utilisation"]["openmimo"], found["matmul_peak_flops"] / 1e9
-            figure = (
-                f"{found['ratio']:.1f}x ({ours:,.0f} / {theirs:,.0f} tokens/s); {share:.0f}% of the matmul peak "
-                f"of the same run, {peak:.0f} GFLOP/s"
-            )
-            label = f"training `{preset}` in bf16 beside transformers ({found['their_settings']})"
-            rows.append((label, f"`python benchmarks/train.py --preset {preset}`", figure))
-    return rows
+def train_rows(preset: str) -> Rows:
+    found = read(f"train-{preset}")
+    if found is None:
+        return []
+    ours, theirs = (found["tokens_per_second"][name] for name in ("openmimo", "transformers"))
+    share, peak = 100 * found["utilisation"]["openmimo"], found["matmul_peak_flops"] / 1e9
+    figure = (
+        f"{found['ratio']:.1f}x ({ours:,.0f} / {theirs:,.0f} tokens/s); {share:.0f}% of the matmul peak "
+        f"of the same run, {peak:.0f} GFLOP/s"
+    )
+    label = f"training `{preset}` in bf16 beside transformers ({found['their_settings']})"
+    return [(label, f"`python benchmarks/train.py --preset {preset}`", figure)]
 
 
 def attention_rows() -> Rows:
@@ -103,32 +126,28 @@ def rows_by_work(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return by_work
 
 
-def bench_rows() -> Rows:
+def bench_rows(path: Path) -> Rows:
     """What `openmimo bench WHAT --model M` printed, kept as bench-WHAT-M.json: ours beside every peer of the run."""
+    found = json.loads(path.read_text())
+    verb = found["benchmark"].removeprefix("bench ")
+    if verb == "mtp":
+        return mtp_rows(found)
     rows: Rows = []
-    for path in sorted(RESULTS.glob("bench-*.json")):
-        found = json.loads(path.read_text())
-        verb = found["benchmark"].removeprefix("bench ")
-        if verb == "mtp":
-            continue
-        for work, sides in rows_by_work(found).items():
-            ours = sides.pop("openmimo")
-            peers = [
-                f"{name} {side['tokens_per_s']:,.0f} ({ours['tokens_per_s'] / side['tokens_per_s']:.1f}x)"
-                for name, side in sides.items()
-            ]
-            share = ours["tokens_per_s"] / ours["limit_tokens_per_s"]
-            figure = f"{ours['tokens_per_s']:,.0f} tokens/s, {100 * share:.0f}% of the limit; {', '.join(peers)}"
-            command = f"`openmimo bench {verb} --model {found['model']} --against ...`"
-            rows.append((f"{verb}, `{found['model']}` in {found['weights']}, {work}", command, figure))
+    for work, sides in rows_by_work(found).items():
+        ours = sides.pop("openmimo")
+        peers = [
+            f"{name} {side['tokens_per_s']:,.0f} ({ours['tokens_per_s'] / side['tokens_per_s']:.1f}x)"
+            for name, side in sides.items()
+        ]
+        share = ours["tokens_per_s"] / ours["limit_tokens_per_s"]
+        figure = f"{ours['tokens_per_s']:,.0f} tokens/s, {100 * share:.0f}% of the limit; {', '.join(peers)}"
+        command = f"`openmimo bench {verb} --model {found['model']} --against ...`"
+        rows.append((f"{verb}, `{found['model']}` in {found['weights']}, {work}", command, figure))
     return rows
 
 
-def mtp_rows() -> Rows:
+def mtp_rows(found: dict[str, Any]) -> Rows:
     """Drafting beside plain decoding, and the faster of llama.cpp's two ways."""
-    found = read("bench-mtp-demo")
-    if found is None:
-        return []
     rows: Rows = []
     for work, sides in rows_by_work(found).items():
         plain, drafts, auto = (sides["openmimo" + name] for name in ("", ", 3 drafts", ", auto drafts"))
@@ -193,25 +212,26 @@ def fuzz_rows() -> Rows:
     return [("mutated checkpoint and config files", "`python benchmarks/checkpoint_fuzz.py`", figure)]
 
 
-def machine() -> str:
-    found = read("train-tiny") or read("attention")
-    if found is None:
-        return "not recorded"
-    m = found["machine"]
-    features = ", ".join(m["features"])
-    return f"{m['cpu']}, {m['cores']} cores ({features}), torch {m['torch_version']}, Python {m['python']}"
-
-
 def main() -> None:
-    speed = [*train_rows(), *attention_rows(), *bench_rows(), *mtp_rows(), *context_rows()]
-    rows = [*demo_rows(), *r3_rows(), *speed, *fuzz_rows()]
+    machines = Machines()
+    rows: list[tuple[str, ...]] = []
+    rows += machines.mark(demo_rows(), "demo-*")
+    rows += machines.mark(r3_rows(), "r3")
+    for preset in ("tiny", "small"):
+        rows += machines.mark(train_rows(preset), f"train-{preset}")
+    rows += machines.mark(attention_rows(), "attention")
+    for path in sorted(RESULTS.glob("bench-*.json")):
+        rows += machines.mark(bench_rows(path), path.stem)
+    rows += machines.mark(context_rows(), "context")
+    rows += machines.mark(fuzz_rows(), "checkpoint_fuzz")
     for name, head in HEADS.items():
         path = ROOT / name
         text = path.read_text()
         before, _, rest = text.partition(START)
         _, _, after = rest.partition(END)
-        lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * 3, *rows)]
-        path.write_text("\n".join([before + START, MACHINE[name].format(machine()), "", *lines, END]) + after)
+        table = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * 4, *rows)]
+        known = [MACHINE[name].format(letter, words) + "\n" for words, letter in machines.letters.items()]
+        path.write_text("\n".join([before + START, *known, *table, END]) + after)
 
 
 if __name__ == "__main__":
