@@ -34,11 +34,15 @@ def adamw_usable(tensors: Sequence[Tensor]) -> bool:
     return plain and native_kernels().library is not None
 
 
-def gradient_norm(slots: Sequence[Slot]) -> float:
-    """Root of the sum of all squared gradients: fp32 within 16,384 entries, float64 across."""
+def gradient_norm(slots: Sequence[Slot], *, count_zeros: bool = True) -> tuple[float, list[int]]:
+    """Root of the sum of all squared gradients: fp32 within 16,384 entries, float64 across.
+
+    With `count_zeros` also, from the same pass, how many entries of each slot's gradient are exactly zero.
+    """
     norm = torch.zeros((), dtype=torch.float64)
-    call("gradient_norm", _table(slots), norm, len(slots), num_elements=_num_elements(slots))
-    return float(norm)
+    zeros = torch.zeros(len(slots), dtype=torch.int64) if count_zeros else None
+    call("gradient_norm", _table(slots), norm, zeros, len(slots), num_elements=_num_elements(slots))
+    return float(norm), [] if zeros is None else zeros.tolist()
 
 
 def adamw_update(

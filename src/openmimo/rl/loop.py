@@ -300,7 +300,7 @@ class PolicyRun:
     def _watch(self, step_seconds: float) -> dict[str, Any]:
         """num-zeros of the last update's gradients, what counting them cost, and whether they moved."""
         began = time.perf_counter()
-        zeros = monitors.num_zeros(self.model)
+        zeros = monitors.num_zeros(self.model, self.optimizer.zero_counts)
         seconds = time.perf_counter() - began
         return {
             "num_zeros": zeros,

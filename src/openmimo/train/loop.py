@@ -202,7 +202,7 @@ class _Run:
         if self.progress.step % every and self.progress.step_in_stage not in (1, stage.steps):
             return
         watch = time.perf_counter()
-        zeros = monitors.num_zeros(self.model)
+        zeros = monitors.num_zeros(self.model, self.optimizer.zero_counts)
         monitor_share = (time.perf_counter() - watch) / every / seconds
         flops = training_flops(self.model.config, batch.token_ids_BT.shape[1], mtp_heads=stage.mtp_heads)
         losses, load_LE = result.losses, result.tokens_per_expert_LE

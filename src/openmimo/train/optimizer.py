@@ -19,7 +19,8 @@ class MasterAdamW:
     """AdamW whose weights and moments are fp32 copies of the model's parameters.
 
     Matrices are decayed; norms and sinks are not. `step` clips the gradient's global norm first and refuses to
-    touch anything when it is not finite.
+    touch anything when it is not finite. `zero_counts` then has, by parameter, how many gradient entries were exactly
+    zero: the pass that takes the norm counts them. It is None where that pass is PyTorch's.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MasterAdamW:
         self.parameters = [p for _, p in named]
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.parameters]
         self.grad_clip = grad_clip
+        self.zero_counts: dict[str, int] | None = None
         decayed = [m for m in self.masters if m.ndim >= 2]
         plain = [m for m in self.masters if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -55,9 +57,11 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
         """One update; returns the gradient norm before clipping. Does nothing when that norm is not finite."""
+        slots = self.slots()
+        if slots:
+            return self._step_fused(slots, learning_rate)
+        self.zero_counts = None
         present = [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
-        if present and kernels.adamw_usable([t for _, p in present for t in (p, p.grad) if t is not None]):
-            return self._step_fused(present, learning_rate)
         for master, parameter in present:
             assert parameter.grad is not None
             master.grad = parameter.grad.to(master.dtype, copy=True)
@@ -73,8 +77,11 @@ class MasterAdamW:
             master.grad = None
         return float(norm)
 
-    def _step_fused(self, present: list[tuple[Tensor, nn.Parameter]], learning_rate: float) -> float:
-        """The same on the C++ kernels. Moments live in the state of `self.adamw` either way."""
+    def slots(self) -> list[kernels.Slot]:
+        """All parameters with a gradient, as the C++ kernels take them; none where they cannot."""
+        present = [(m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
+        if not kernels.adamw_usable([t for _, p in present for t in (p, p.grad) if t is not None]):
+            return []
         decay = {id(m): float(g["weight_decay"]) for g in self.adamw.param_groups for m in g["params"]}
         slots: list[kernels.Slot] = []
         for master, parameter in present:
@@ -87,7 +94,13 @@ class MasterAdamW:
             moments = (state["exp_avg"], state["exp_avg_sq"])
             updates = int(state["step"]) + 1
             slots.append(kernels.Slot(parameter, parameter.grad, master, *moments, updates, decay[id(master)]))
-        norm = kernels.gradient_norm(slots)
+        return slots
+
+    def _step_fused(self, slots: list[kernels.Slot], learning_rate: float) -> float:
+        """The same on the C++ kernels. Moments live in the state of `self.adamw` either way."""
+        norm, zeros = kernels.gradient_norm(slots)
+        names = (n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is not None)
+        self.zero_counts = dict(zip(names, zeros, strict=True))
         if not math.isfinite(norm):
             return norm
         group = self.adamw.param_groups[0]

@@ -128,6 +128,28 @@ def test_num_zeros_counts_by_layer_and_expert_group() -> None:
     assert counts["all"] == counts["layers.2"] + counts["layers.4"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_norms_pass_counts_zeros_as_torch_does(dtype: torch.dtype) -> None:
+    """Catches lanes behind a parameter's end or a chunk that are counted, and counts under another parameter's name."""
+    generator = torch.Generator().manual_seed(1)
+    module = nn.ParameterDict(
+        {f"p{size}": nn.Parameter(torch.ones(size, dtype=dtype)) for size in (1, 15, 16, 17, 16384, 16385, 40000)}
+    )
+    module["unused"] = nn.Parameter(torch.ones(5, dtype=dtype))
+    for name, parameter in module.items():
+        if name != "unused":
+            parameter.grad = torch.randint(-1, 2, parameter.shape, generator=generator).to(dtype) * -0.5
+    optimizer = MasterAdamW(module.named_parameters())
+    optimizer.step(1e-3)
+    if not kernels.adamw_usable([module["p1"]]):
+        assert optimizer.zero_counts is None
+        pytest.skip("without the kernels the monitor counts by itself")
+    expected = {n: int((p.grad == 0).sum()) for n, p in module.items() if p.grad is not None}
+    assert optimizer.zero_counts == expected
+    assert num_zeros(module, optimizer.zero_counts) == num_zeros(module)
+    assert num_zeros(module)["all"] == sum(expected.values()) + 5
+
+
 def test_expert_load_ratio() -> None:
     assert expert_load(torch.tensor([[4, 4, 4, 4], [8, 4, 4, 0]])) == {"worst": 2.0, "mean": 1.5}
 

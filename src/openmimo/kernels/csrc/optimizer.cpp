@@ -90,23 +90,32 @@ using namespace openmimo;
 extern "C" {
 
 // norm (1): root of the sum of all squared gradients. Chunks are summed in their order, whichever thread had them.
-void openmimo_gradient_norm(const int64_t* table, double* norm, int64_t parameters, int threads) {
+// zeros (parameters), or null: how many of a parameter's gradient entries are exactly zero.
+void openmimo_gradient_norm(const int64_t* table, double* norm, int64_t* zeros, int64_t parameters, int threads) {
   const std::vector<Chunk> chunks = chunks_of(reinterpret_cast<const Parameter*>(table), parameters);
   std::vector<double> sums(chunks.size());
+  std::vector<int64_t> counts(chunks.size());
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (size_t c = 0; c < chunks.size(); ++c) {
     const Chunk& chunk = chunks[c];
     f32x16 squares = {};
+    i32x16 zero = {};
     for (int64_t i = 0; i < chunk.count; i += LANES) {
       const int64_t count = std::min<int64_t>(LANES, chunk.count - i);
       const f32x16 g = read_entries(chunk.of->gradient, chunk.of->is_bf16, chunk.begin + i, count);
       squares += g * g;
+      zero -= g == 0.0f;  // a lane that is true is -1
     }
     sums[c] = sum_of(squares);
+    for (int lane = 0; lane < LANES; ++lane) counts[c] += zero[lane];
+    counts[c] -= (LANES - chunk.count % LANES) % LANES;  // lanes behind the end
   }
   double total = 0.0;
   for (const double sum : sums) total += sum;
   *norm = std::sqrt(total);
+  if (zeros == nullptr) return;
+  std::fill_n(zeros, parameters, 0);
+  for (size_t c = 0; c < chunks.size(); ++c) zeros[chunks[c].index] += counts[c];
 }
 
 // rates (parameters, 3), see Rates; `factor` scales every gradient first.
