@@ -186,6 +186,61 @@ def context_rows() -> Rows:
     return rows
 
 
+def table7_rows() -> Rows:
+    """MOPD beside other ways to one model, the mean over the seeds."""
+    found = read("table7")
+    if found is None:
+        return []
+    rows: Rows = []
+    domains = list(found["base"]["drawn"])
+    before = ", ".join(f"{found['base']['drawn'][d]:.1%}" for d in domains)
+    best = ", ".join(f"{max(t['drawn'][d] for t in found['teachers'].values()):.1%}" for d in domains)
+    names = ", ".join(domains)
+    rows.append((f"before, best teacher ({names})", "`openmimo reproduce table7`", f"{before}; {best}"))
+    for name, student in found["students"].items():
+        scores = ", ".join(f"{student['drawn'][d]:.1%}" for d in domains)
+        figure = f"{scores}; {student['recovered']:.0%} of the headroom"
+        seeds = f"{len(student['by_seed'])} seed{'s' * (len(student['by_seed']) > 1)}"
+        rows.append((f"{name} ({names}), {seeds}", "`openmimo reproduce table7`", figure))
+    return rows
+
+
+def figure6_rows() -> Rows:
+    """Steps until a student stands where its teachers do, nearly."""
+    found = read("figure6")
+    if found is None:
+        return []
+    parts = [
+        f"{arm['name']} {arm['reached'] or 'not within ' + str(arm['curves'][0][-1]['step'])}" for arm in found["arms"]
+    ]
+    label = f"steps until 95% of the way to the teachers, {len(found['arms'][0]['curves'])} seeds"
+    return [(label, "`openmimo reproduce figure6`", ", ".join(parts))]
+
+
+def numzeros_rows() -> Rows:
+    """What the count does where balance is undone and where a few samples are learnt by heart."""
+    found = read("numzeros")
+    if found is None:
+        return []
+    parts = [f"{arm['name']} {found['changes'][arm['name']]:.2f}x" for arm in found["arms"]]
+    cost = max(arm["cost"] for arm in found["arms"])
+    figure = f"{', '.join(parts)}; counting costs {cost:.2%} of a step"
+    return [("num-zeros, last steps over first", "`openmimo reproduce numzeros`", figure)]
+
+
+def grpo_rows() -> Rows:
+    """A step of reinforcement learning beside TRL's trainer."""
+    rows: Rows = []
+    for path in sorted(RESULTS.glob("grpo_step*.json")):
+        found = json.loads(path.read_text())
+        ours = found["seconds"]["openmimo"]
+        figure = f"{ours:.2f} s, TRL {ours * found['times_faster']:.2f} s ({found['times_faster']:.1f}x)"
+        length = found["tokens_per_answer"]["openmimo"]
+        label = f"GRPO step, {found['answers']} answers of {length:.0f} tokens"
+        rows.append((label, "`python benchmarks/grpo_step.py`", figure))
+    return rows
+
+
 def r3_rows() -> Rows:
     """What replay does to the mismatch of trainer and sampler, by sampling precision."""
     found = read("r3")
@@ -216,7 +271,14 @@ def main() -> None:
     machines = Machines()
     rows: list[tuple[str, ...]] = []
     rows += machines.mark(demo_rows(), "demo-*")
-    rows += machines.mark(r3_rows(), "r3")
+    for name, made in (
+        ("table7", table7_rows),
+        ("figure6", figure6_rows),
+        ("numzeros", numzeros_rows),
+        ("grpo_step*", grpo_rows),
+        ("r3", r3_rows),
+    ):
+        rows += machines.mark(made(), name)
     for preset in ("tiny", "small"):
         rows += machines.mark(train_rows(preset), f"train-{preset}")
     rows += machines.mark(attention_rows(), "attention")
