@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from openmimo.config.model import AttentionConfig, ModelConfig, preset
+from openmimo.config.model import AttentionConfig, ModelConfig, MoEConfig, preset
 from openmimo.errors import ConfigError, nearest
 
-_Config = TypeVar("_Config", ModelConfig, AttentionConfig)
+_Config = TypeVar("_Config", ModelConfig, AttentionConfig, MoEConfig)
 
 SPLITS = ("train", "test")
 
@@ -82,6 +82,9 @@ class ModelRecipe:
     value_scale: float | None = None
     init_std: float | None = None
     max_positions: int | None = None
+    num_experts: int | None = None
+    num_experts_per_token: int | None = None
+    expert_dim: int | None = None
 
     def __post_init__(self) -> None:
         if bool(self.preset) == bool(self.folder):
@@ -93,10 +96,15 @@ class ModelRecipe:
         """The model's configuration with the changes applied. Raises: ConfigError."""
         config = ModelConfig.from_pretrained(self.preset or self.folder)
         sliding = {"window_keys": self.window_keys, "sink": self.sliding_sink}
-        changes = {
+        changes: dict[str, object] = {
             "global_attention": _changed(config.global_attention, rope_theta=self.global_rope_theta),
             "sliding_attention": _changed(config.sliding_attention, **sliding),
         }
+        experts = {name: getattr(self, name) for name in ("num_experts", "num_experts_per_token", "expert_dim")}
+        if config.moe is not None:
+            changes["moe"] = _changed(config.moe, **experts)
+        elif any(value is not None for value in experts.values()):
+            raise ConfigError(f"{self.preset or self.folder!r} has no experts, but the recipe changes {experts}")
         names = ("vocab_size", "value_scale", "init_std", "max_positions")
         return _changed(config, **changes, **{name: getattr(self, name) for name in names})
 

@@ -1,7 +1,8 @@
 """The count of zero gradients (num-zeros) as an early warning: under a forced imbalance of experts, and over-fitting.
 
 Three ways to go on with fine-tuning from one model: as it was; with the balance bias moved the wrong way, so that busy
-experts get busier; and on a handful of conversations again and again.
+experts get busier; and on a handful of conversations again and again. The model has many small experts, as large models
+have, and its steps few tokens: only then do some experts get none, which is what the count sees.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ from openmimo.train.step import StepSettings, train_step
 
 CONTROL, IMBALANCE, OVERFIT = "control", "forced imbalance", "over-fitting"
 ARMS = (CONTROL, IMBALANCE, OVERFIT)
+# The model: as the base, but with so many experts of that width; and how it is trained.
+NUM_EXPERTS, EXPERT_DIM = 64, 32
+BASE_STEPS, BASE_WARMUP, BASE_RATES = 300, 20, (3e-3, 1e-3)
+# Balance follows the data within tens of steps; a step of an arm is one row of so many tokens.
+BIAS_RATE = 0.003
+ROW_TOKENS = 128
 # Steps that a trend is averaged over, and repetitions of what is timed.
 WINDOW = 10
 TIMED = 50
@@ -70,11 +77,12 @@ class ZerosReport:
 
 
 def measure_numzeros(story: Story, *, steps: int, conversations: int, reverse_rate: float, seed: int) -> ZerosReport:
-    """Train each arm for `steps` on a constant learning rate, that of the last stage's beginning.
+    """Train each arm for `steps` on a constant learning rate, that of the model's last steps.
 
     `conversations` are what over-fitting repeats; `reverse_rate` is how fast the balance bias moves the wrong way.
     """
-    base, model_dir = story.recipe.base, story.base().model
+    recipe = _recipe(story)
+    model_dir = story.trained(recipe.name, recipe).model
     keep_freed_memory()
     few = story.folder / "few-conversations.jsonl"
     _write_conversations(few, conversations, seed)
@@ -82,7 +90,7 @@ def measure_numzeros(story: Story, *, steps: int, conversations: int, reverse_ra
     size = 0
     for name in ARMS:
         story.say(f"num-zeros, {name}: {steps} steps")
-        arm, size = _run(base, model_dir, name, few, steps, reverse_rate, seed)
+        arm, size = _run(recipe, model_dir, name, few, steps, reverse_rate, seed)
         arms.append(arm)
     return ZerosReport(arms=tuple(arms), num_parameters=size)
 
@@ -112,6 +120,28 @@ def numzeros_figures(report: ZerosReport) -> dict[str, Any]:
     return {**asdict(report), "changes": {arm.name: arm.change for arm in report.arms}}
 
 
+def _recipe(story: Story) -> TrainRecipe:
+    """The model that all arms begin with: the base's data and tokenizer, many experts, one short stage."""
+    base = story.recipe.base
+    start, end = BASE_RATES
+    stage = replace(
+        base.stages[-1],
+        name="fine-tuning",
+        steps=BASE_STEPS,
+        warmup_steps=BASE_WARMUP,
+        lr_start=start,
+        lr_end=end,
+        bias_update_rate=BIAS_RATE,
+    )
+    return replace(
+        base,
+        name="numzeros-base",
+        model=replace(base.model, num_experts=NUM_EXPERTS, expert_dim=EXPERT_DIM),
+        tokenizer=replace(base.tokenizer, path=str(story.base().model), vocab_size=0),
+        stages=(stage,),
+    )
+
+
 def _run(
     base: TrainRecipe, model_dir: Path, name: str, few: Path, steps: int, reverse_rate: float, seed: int
 ) -> tuple[ZerosArm, int]:
@@ -125,8 +155,8 @@ def _run(
         balance_weight=0.0 if forced else stage.sequence_aux_weight,
         bias_update_rate=-reverse_rate if forced else stage.bias_update_rate,
     )
-    rate, _ = base.learning_rates(stage)
-    recipe = base.data_of(stage)
+    _, rate = base.learning_rates(stage)
+    recipe = replace(base.data_of(stage), batch_sequences=1, sequence_length=ROW_TOKENS)
     if name == OVERFIT:
         recipe = replace(recipe, sources=(SourceRecipe(kind=SourceKind.TEXT, path=str(few)),))
     tokenizer = Tokenizer.load(model_dir)

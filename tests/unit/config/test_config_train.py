@@ -123,13 +123,26 @@ def test_model_changes_are_applied(tmp_path: Path) -> None:
         value_scale=0.0,
         init_std=0.006,
         max_positions=99,
+        num_experts=12,
+        num_experts_per_token=3,
+        expert_dim=20,
     ).resolve()
     nano = preset("nano")
+    assert nano.moe is not None
     assert config == nano.replace(
         vocab_size=77,
         value_scale=0.0,
         init_std=0.006,
         max_positions=99,
+        moe=dataclasses.replace(nano.moe, num_experts=12, num_experts_per_token=3, expert_dim=20),
         sliding_attention=dataclasses.replace(nano.sliding_attention, window_keys=5, sink=False),
         global_attention=dataclasses.replace(nano.global_attention, rope_theta=640e3),
     )
+
+
+def test_a_dense_model_takes_no_changes_of_experts(tmp_path: Path) -> None:
+    nano = preset("nano")
+    write_model_config(nano.replace(moe=None, layer_is_moe=(False,) * len(nano.layer_is_moe)), tmp_path)
+    assert ModelRecipe(folder=str(tmp_path), value_scale=0.5).resolve().moe is None
+    with pytest.raises(ConfigError, match="has no experts"):
+        ModelRecipe(folder=str(tmp_path), num_experts=4).resolve()

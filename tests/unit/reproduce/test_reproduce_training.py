@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from openmimo.checkpoint import load_model, save_model
 from openmimo.cli.main import build_app
 from openmimo.errors import ConfigError
-from openmimo.reproduce import seesaw, story, students
+from openmimo.reproduce import numzeros, seesaw, story, students
 from openmimo.reproduce.figure6 import Arm, first_reached, measure_figure6
 from openmimo.reproduce.numzeros import CONTROL, IMBALANCE, OVERFIT, measure_numzeros
 from openmimo.reproduce.r3 import EXACT, measure_r3
@@ -56,6 +56,7 @@ def short_exams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(students, "TUNING_PROBLEMS", 2)
     monkeypatch.setattr(students, "PROMPTS_PER_ROUND", 4)
     monkeypatch.setattr(students, "EPOCHS", 1)
+    monkeypatch.setattr(numzeros, "BASE_STEPS", 20)
 
 
 @pytest.fixture(scope="module")
