@@ -48,7 +48,7 @@ def demo_command(
         out,
         load_story(overrides or [], seed=seed),
         say=lambda text: console.print(f"[dim]{time.perf_counter() - started:4.0f} s[/]  {text}"),
-        report=lambda name, total: print_step(console, total, every=10),
+        report=print_step(console, every=10),
     )
     if not resume:
         story.forget()

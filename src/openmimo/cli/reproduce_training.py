@@ -144,7 +144,7 @@ def _story(out: Path, overrides: list[str] | None, plot: bool) -> Story:
         out,
         load_story(overrides or []),
         say=console.print,
-        report=lambda name, total: print_step(console, total, every=10),
+        report=print_step(console, every=10),
     )
 
 

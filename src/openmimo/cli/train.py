@@ -74,10 +74,10 @@ def mopd(
     _run_policy(recipe, overrides or [], out, print_config, algorithm="mopd", resume=resume, overwrite=overwrite)
 
 
-def step_line(record: dict[str, Any], total: int) -> str:
+def step_line(record: dict[str, Any]) -> str:
     """A step's figures in one line."""
     rewards = " ".join(f"{domain} {value:.0%}" for domain, value in record["rewards"].items())
-    parts = [f"step {record['step']}/{total}", f"reward {rewards}"]
+    parts = [f"step {record['step']}, {min(1.0, record['progress']):.0%}", f"reward {rewards}"]
     if record["divergence"]:
         gaps = "/".join(f"{value:.3f}" for value in record["divergence"].values())
         parts.append(f"to teachers {gaps} nats")
@@ -91,12 +91,12 @@ def step_line(record: dict[str, Any], total: int) -> str:
     return "  ".join(parts)
 
 
-def print_step(console: Console, total: int, *, every: int = 1) -> Callable[[dict[str, Any]], None]:
+def print_step(console: Console, *, every: int = 1) -> Callable[[dict[str, Any]], None]:
     """A callback that prints the line of every so many steps, and of the first and last."""
 
     def report(record: dict[str, Any]) -> None:
-        if record["step"] % every == 0 or record["step"] in (1, total):
-            console.print(step_line(record, total), highlight=False, soft_wrap=True)
+        if record["step"] % every == 0 or record["step"] == 1 or record["progress"] >= 1.0:
+            console.print(step_line(record), highlight=False, soft_wrap=True)
 
     return report
 
@@ -134,7 +134,7 @@ def _run_policy(
         out or Path("runs") / recipe.name,
         resume=resume,
         overwrite=overwrite,
-        report=print_step(Console(), recipe.steps),
+        report=print_step(Console()),
     )
     result = run.finish()
     typer.echo(

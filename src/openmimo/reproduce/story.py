@@ -107,7 +107,7 @@ def load_story(overrides: Sequence[str] = (), *, seed: int = 0) -> StoryRecipe:
 
 
 class Story:
-    """The runs in `folder`. `say` is told what is made; `report(name, steps)` gives what a run tells its records."""
+    """The runs in `folder`. `say` is told what is made; `report` is told every record of a run."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Story:
         recipe: StoryRecipe,
         *,
         say: Callable[[str], None] = print,
-        report: Callable[[str, int], Callable[[dict[str, Any]], None]] | None = None,
+        report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.folder, self.recipe, self.say, self.report = folder, recipe, say, report
 
@@ -177,7 +177,7 @@ class Story:
                 run_dir,
                 resume=resume,
                 overwrite=True,
-                report=None if self.report is None else self.report(name, recipe.steps),
+                report=self.report,
                 on_step=lambda step, run: _add_point(path, step, run, every),
             )
             forget_later_metrics(path, run.step)

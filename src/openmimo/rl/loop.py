@@ -164,6 +164,7 @@ class PolicyRun:
         record |= self._watch(handed_over - began)
         record |= {
             "step": self.step,
+            "progress": self.progress(),
             "learning_rate": rate,
             "sampled_tokens": self.sampled_tokens,
             "divergence": divergence,
@@ -177,7 +178,7 @@ class PolicyRun:
         }
         if self.step == 1 and divergence:
             record["far_teachers"] = warn_about_origin(divergence, recipe.warn_teacher_kl)
-        if self.step % recipe.log.every_steps == 0 or self.step in (1, recipe.steps):
+        if self.step % recipe.log.every_steps == 0 or self.step == 1 or self.is_finished():
             with (self.run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             if self.report is not None:
@@ -186,8 +187,12 @@ class PolicyRun:
 
     def is_finished(self) -> bool:
         """Whether all steps are done, or the budget of tokens is spent."""
+        return self.progress() >= 1.0
+
+    def progress(self) -> float:
+        """The part of the run that is done: of its steps, or of its budget of tokens where that is more."""
         budget = self.recipe.token_budget
-        return self.step >= self.recipe.steps or bool(budget and self.sampled_tokens >= budget)
+        return max(self.step / self.recipe.steps, self.sampled_tokens / budget if budget else 0.0)
 
     def _learning_rate(self) -> float:
         """Linear over the steps, or over the budget of tokens where there is one."""

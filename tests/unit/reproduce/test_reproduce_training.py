@@ -22,6 +22,7 @@ from openmimo.reproduce.numzeros import CONTROL, IMBALANCE, OVERFIT, measure_num
 from openmimo.reproduce.r3 import EXACT, measure_r3
 from openmimo.reproduce.story import DOMAINS, CurvePoint, FinishedRun, Story, load_story
 from openmimo.reproduce.table7 import MOPD, measure_table7, table7_rows
+from openmimo.train.plots import read_metrics
 
 SHORT = [
     "base.threads=1",
@@ -191,13 +192,16 @@ def test_table7_has_every_way_with_its_tokens(folder: Path, monkeypatch: pytest.
 
 
 def test_a_budget_ends_a_run_with_the_step_that_spends_it(folder: Path) -> None:
-    """Catches a budget that is ignored, or that cuts a step short."""
+    """Catches a budget that is ignored, or that cuts a step short, and progress that counts steps alone."""
     made, _ = short_story(folder)
     recipe = replace(made.teacher_recipe("logic"), steps=50, token_budget=200)
     run = made.policy("budget", recipe)
     assert 1 < run.steps < 50
     assert 200 <= run.sampled_tokens <= 200 + 2 * 48  # groups that are replaced count
     assert run.curve[-1].step == run.steps
+    *earlier, last = [record["progress"] for record in read_metrics(run.folder)]
+    assert all(progress < 1.0 for progress in earlier)
+    assert last == run.sampled_tokens / 200
 
 
 def test_runs_of_a_number_of_steps_are_not_cut_by_the_teachers_budget(tmp_path: Path) -> None:
