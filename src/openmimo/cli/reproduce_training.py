@@ -113,8 +113,8 @@ def r3_command(
 def numzeros_command(
     overrides: Overrides = None,
     out: OutOption = RUNS,
-    steps: StepsOption = 100,
-    conversations: Annotated[int, typer.Option(min=1, help="What over-fitting repeats.")] = 8,
+    steps: StepsOption = 200,
+    conversations: Annotated[int, typer.Option(min=1, help="What over-fitting repeats.")] = 4,
     reverse_rate: Annotated[float, typer.Option(help="How fast balance is undone, per step.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
     plot: PlotOption = True,

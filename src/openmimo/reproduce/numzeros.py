@@ -41,7 +41,7 @@ NUM_EXPERTS, EXPERT_DIM = 64, 32
 BASE_STEPS, BASE_WARMUP, BASE_RATES = 300, 20, (3e-3, 1e-3)
 # Balance follows the data within tens of steps; a step of an arm is one row of so many tokens.
 BIAS_RATE = 0.003
-ROW_TOKENS = 128
+ROW_TOKENS = 64
 # Steps that a trend is averaged over, and repetitions of what is timed.
 WINDOW = 10
 TIMED = 50
@@ -65,7 +65,17 @@ class ZerosArm:
     @property
     def change(self) -> float:
         """The last steps' mean count over the first steps'."""
-        return statistics.mean(self.num_zeros[-WINDOW:]) / max(1.0, statistics.mean(self.num_zeros[:WINDOW]))
+        return self.last / max(1.0, self.first)
+
+    @property
+    def first(self) -> float:
+        """Mean count of the first fifth of the steps."""
+        return statistics.mean(self.num_zeros[: max(1, len(self.num_zeros) // 5)])
+
+    @property
+    def last(self) -> float:
+        """Mean count of the last fifth."""
+        return statistics.mean(self.num_zeros[-max(1, len(self.num_zeros) // 5) :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +111,8 @@ def numzeros_rows(report: ZerosReport) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             arm.name,
-            f"{statistics.mean(arm.num_zeros[:WINDOW]):,.0f}",
-            f"{statistics.mean(arm.num_zeros[-WINDOW:]):,.0f}",
+            f"{arm.first:,.0f}",
+            f"{arm.last:,.0f}",
             f"{arm.change:.2f}x",
             f"{arm.loads[0]:.1f} -> {arm.loads[-1]:.1f}",
             f"{arm.losses[0]:.3f} -> {arm.losses[-1]:.3f}",
