@@ -115,7 +115,7 @@ def test_distillation_moves_the_student_to_its_teacher(signal_name: str, tmp_pat
     teacher = PolicyRun(rl_recipe(steps=3, optimizer={"peak_lr": 2e-3, "final_lr": 2e-3}), tmp_path / "teacher")
     teacher.finish()
     recipe = rl_recipe(
-        steps=10,
+        steps=20,
         algorithm="mopd",
         teachers=[{"domain": "logic", "folder": str(tmp_path / "teacher")}],
         loss={"outcome_weight": 0.0, "signal": signal_name, "top_k": 8},
@@ -123,8 +123,9 @@ def test_distillation_moves_the_student_to_its_teacher(signal_name: str, tmp_pat
         warmup_steps=1,
     )
     run = PolicyRun(recipe, tmp_path / "student")
-    gaps = [run.one_step()["divergence"]["logic"] for _ in range(10)]
-    assert sum(gaps[-3:]) < 0.6 * sum(gaps[:3])
+    gaps = [run.one_step()["divergence"]["logic"] for _ in range(20)]
+    # A step's figure is a sample of 32 answers, so several are taken together.
+    assert sum(gaps[-5:]) < 0.6 * sum(gaps[:5])
 
 
 @pytest.mark.parametrize("heads", [0, 3])
