@@ -120,7 +120,7 @@ def _micro_batch(
     has_routes, routes = np.zeros(shape, np.bool_), None
     first_routes = trajectories[rows[0][0]].routes
     if first_routes is not None:
-        routes = _idle_routes(shape, first_routes.shape[1:], num_experts)
+        routes = np.zeros((*shape, *first_routes.shape[1:]), np.uint16)
     places: list[np.ndarray] = []
     order: list[int] = []
     for row, indices in enumerate(rows):
@@ -137,6 +137,8 @@ def _micro_batch(
             order.append(index)
             start = end
         positions[row, start:] = np.arange(width - start)  # padding counts up like any document
+    if routes is not None:
+        _route_in_turn(routes, ~has_routes, num_experts)
     sizes = [len(trajectories[index].token_ids) for index in order]
     temperatures = np.array([trajectories[index].prompt.temperature for index in order], np.float32)
     return MicroBatch(
@@ -155,8 +157,8 @@ def _micro_batch(
     )
 
 
-def _idle_routes(shape: tuple[int, int], routes_shape: tuple[int, ...], num_experts: int) -> np.ndarray:
-    """Different experts for every place without a token, in turn over all experts."""
-    num_layers, choices = routes_shape
-    first = np.arange(shape[0] * shape[1]).reshape(*shape, 1, 1) * choices + np.arange(choices)
-    return np.broadcast_to(first % max(1, num_experts), (*shape, num_layers, choices)).astype(np.uint16)
+def _route_in_turn(routes: np.ndarray, idle: np.ndarray, num_experts: int) -> None:
+    """Give the idle places the experts in turn, so that none gets more of them than another."""
+    choices = routes.shape[-1]
+    first = np.arange(int(idle.sum()))[:, None, None] * choices + np.arange(choices)
+    routes[idle] = first % max(1, num_experts)
