@@ -100,7 +100,8 @@ def test_any_packing_equals_the_documents_alone(window_keys: int, lengths: list[
         for length in lengths:
             alone = model(text_BT[:, start : start + length])
             together = packed.hidden_BTD[:, start : start + length]
-            torch.testing.assert_close(together, alone.hidden_BTD, atol=1e-5, rtol=0)
+            # fp32 sums in another order: a few units in the last place of values around 3.
+            torch.testing.assert_close(together, alone.hidden_BTD, atol=1e-5, rtol=1e-5)
             inside = packed.mtp_logits(0)[:, start : start + length - 1]
-            torch.testing.assert_close(inside, alone.mtp_logits(0)[:, : length - 1], atol=1e-5, rtol=0)
+            torch.testing.assert_close(inside, alone.mtp_logits(0)[:, : length - 1], atol=1e-5, rtol=1e-5)
             start += length
