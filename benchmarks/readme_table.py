@@ -160,7 +160,7 @@ def mtp_rows(found: dict[str, Any]) -> Rows:
         )
         rows.append(
             (
-                f"drafting, `recipes/demo.toml` with every guess_share 0, {work}",
+                f"drafting, a demo model of an earlier recipe, without guesses, {work}",
                 "`openmimo bench mtp --model RUN --against llama.cpp`",
                 figure,
             )
