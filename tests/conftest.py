@@ -14,7 +14,7 @@ from hypothesis import settings
 from openmimo.cli.machine import usable_cores
 
 # Read when torch and huggingface_hub are first imported. Torch by itself counts cores that a container may not use.
-os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores())))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Another build of the C++ runtime in place of the installed one: `make sanitize` sets this.
@@ -32,11 +32,17 @@ settings.load_profile("openmimo")
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same random state, whichever tests ran before."""
+def same_start() -> None:
+    """Every test starts from the same random state and number of threads, whichever tests ran before.
+
+    A run sets its own number of threads, sums in float32 may depend on it, and other processes start from the default.
+    """
     random.seed(0)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        torch = sys.modules["torch"]
+        torch.manual_seed(0)
+        if torch.get_num_threads() != THREADS:
+            torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 import openmimo.evals.speed
@@ -42,9 +40,8 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def short_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight tokens each: a model after six steps never stops by itself."""
-    threads = torch.get_num_threads()
     examine, measure = openmimo.evals.evaluate_domains, openmimo.evals.speed.measure_draft_speed
 
     def brief(engine: Engine, prompts: list[list[int]], *, max_tokens: int) -> SpeedReport:
@@ -54,8 +51,6 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(story, "MAX_TOKENS", 8)
     monkeypatch.setattr(story, "CURVE_PROBLEMS", 2)
     monkeypatch.setattr("openmimo.evals.speed.measure_draft_speed", brief)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_repository_shows_the_recipes_of_the_package() -> None:
