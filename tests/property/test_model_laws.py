@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
 from openmimo.model import Cache, MiMoModel
+from openmimo.model.attention import branch_biases, visible_keys
 
 VOCABULARY, STEP_TOKENS = 20, 4
 
@@ -105,3 +106,51 @@ def test_any_packing_equals_the_documents_alone(window_keys: int, lengths: list[
             inside = packed.mtp_logits(0)[:, start : start + length - 1]
             torch.testing.assert_close(inside, alone.mtp_logits(0)[:, : length - 1], atol=1e-5, rtol=1e-5)
             start += length
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    window_keys=st.sampled_from([1, 2, 8, 9, 40]),
+    documents=st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 9), max_size=4)), min_size=1, max_size=3),
+    padding=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_branches_equal_their_texts_alone(
+    window_keys: int, documents: list[tuple[int, list[int]]], padding: int, seed: int
+) -> None:
+    """A branch that sees another, a window that counts places instead of positions, a beginning that is not seen whole;
+    and a fused form (first keys and holes) whose keys are not those of the masks."""
+    model, generator = random_model(window_keys), torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    branches: list[int] = []
+    positions: list[int] = []
+    texts: list[list[int]] = []  # the places of each text
+    for document, (shared, lengths) in enumerate(documents):
+        beginning = list(range(len(ids), len(ids) + shared))
+        ids += [document] * shared
+        branches += [0] * shared
+        positions += range(shared)
+        for branch, length in enumerate(lengths):
+            texts.append(beginning + list(range(len(ids), len(ids) + length)))
+            ids += [document] * length
+            branches += [branch + 1] * length
+            positions += range(shared, shared + length)
+        texts += [] if lengths else [beginning]
+    ids_BT, branches_BT = torch.tensor([ids + [-1] * padding]), torch.tensor([branches + [0] * padding])
+    positions_BT = torch.tensor([positions + list(range(padding))])
+    text_BT = torch.randint(VOCABULARY, ids_BT.shape, generator=generator)
+    with torch.no_grad():
+        packed = model(text_BT, document_ids_BT=ids_BT, branch_ids_BT=branches_BT, position_ids_BT=positions_BT)
+        for places in texts:
+            alone = model(text_BT[:, places])
+            torch.testing.assert_close(packed.hidden_BTD[:, places], alone.hidden_BTD, atol=1e-5, rtol=1e-5)
+    for window in (None, window_keys):
+        (mask_BTS,) = branch_biases(ids_BT, branches_BT, positions_BT, window, torch.float32, sink=False)
+        first_BT, hole_BT2 = visible_keys(ids_BT, branches_BT, window)
+        assert hole_BT2 is not None
+        keys, queries = torch.arange(ids_BT.shape[1]), torch.arange(ids_BT.shape[1])[:, None]
+        seen_BTS = (keys >= first_BT[:, :, None]) & (keys <= queries)
+        seen_BTS &= (keys < hole_BT2[:, :, :1]) | (keys >= hole_BT2[:, :, 1:])
+        assert torch.equal(seen_BTS, mask_BTS == 0)
+        holes_BT = hole_BT2[:, :, 0] < hole_BT2[:, :, 1]
+        assert bool((first_BT < hole_BT2[:, :, 0])[holes_BT].all())  # what the kernel relies on

@@ -76,12 +76,15 @@ def attention(
     *,
     shape: AttentionShape,
     value_scale: float,
+    hole_BT2: Tensor | None = None,
 ) -> Tensor:
     """Rotary embedding, value scale and causal softmax attention of the joint projection, without a mask or scores.
 
-    Query t sees the keys first_key[t] .. t of its row. Online softmax in fp32; only its normaliser is kept for the
-    backward pass, which computes the scores again.
-    Shapes: qkv (B, T, H*K + G*(K+V)) bf16, tables (B, T, R) fp32, first_key (B, T) int32, sink (H,) -> (B, T, H, V).
+    Query t sees the keys first_key[t] .. t of its row, without those from hole[t, 0] to before hole[t, 1], which come
+    after its first. Online softmax in fp32; only its normaliser is kept for the backward pass, which computes the
+    scores again.
+    Shapes: qkv (B, T, H*K + G*(K+V)) bf16, tables (B, T, R) fp32, first_key (B, T) and hole (B, T, 2) int32, sink (H,)
+    -> (B, T, H, V).
     Raises: ShapeError if the tensors do not fit together.
     """
     batch, num_tokens, width = qkv_BTW.shape
@@ -95,11 +98,14 @@ def attention(
         raise ShapeError(
             f"first_key must be int32 {(batch, num_tokens)}, got {first_key_BT.dtype} {first_key_BT.shape}"
         )
+    if hole_BT2 is not None and (hole_BT2.shape != (batch, num_tokens, 2) or hole_BT2.dtype is not torch.int32):
+        raise ShapeError(f"hole must be int32 {(batch, num_tokens, 2)}, got {hole_BT2.dtype} {hole_BT2.shape}")
     if max(shape.qk_head_dim, shape.v_head_dim) > 1024 or shape.num_heads % shape.num_kv_heads:
         raise ShapeError(f"head dims must be at most 1024 and G must divide H, got {shape}")
     sink_H = None if sink_H is None else sink_H.float()
     tensors = (qkv_BTW.contiguous(), cos_BTR.float().contiguous(), sin_BTR.float().contiguous())
-    return _Attention.apply(*tensors, first_key_BT.contiguous(), sink_H, shape, value_scale)  # type: ignore[no-any-return]
+    hole_BT2 = None if hole_BT2 is None else hole_BT2.contiguous()
+    return _Attention.apply(*tensors, first_key_BT.contiguous(), hole_BT2, sink_H, shape, value_scale)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
@@ -110,6 +116,7 @@ class _Attention(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         first_key: Tensor,
+        hole: Tensor | None,
         sink: Tensor | None,
         shape: AttentionShape,
         value_scale: float,
@@ -119,18 +126,18 @@ class _Attention(torch.autograd.Function):
         lse = torch.empty(batch, shape.num_heads, num_tokens)
         ctx.sizes = (batch, num_tokens, shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, shape.v_head_dim)
         ctx.sizes += (shape.rotary_half, shape.qk_head_dim**-0.5, value_scale)
-        call("attention_forward", qkv, cos, sin, first_key, sink, out, lse, *ctx.sizes, num_elements=1 << 20)
-        ctx.save_for_backward(qkv, cos, sin, first_key, sink, out, lse)
+        call("attention_forward", qkv, cos, sin, first_key, hole, sink, out, lse, *ctx.sizes, num_elements=1 << 20)
+        ctx.save_for_backward(qkv, cos, sin, first_key, hole, sink, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        qkv, cos, sin, first_key, sink, out, lse = ctx.saved_tensors
+        qkv, cos, sin, first_key, hole, sink, out, lse = ctx.saved_tensors
         grad_qkv = torch.empty_like(qkv)
         grad_sink = torch.empty(lse.shape[:2])
-        tensors = (qkv, cos, sin, first_key, sink, out, lse, grad.contiguous(), grad_qkv, grad_sink)
+        tensors = (qkv, cos, sin, first_key, hole, sink, out, lse, grad.contiguous(), grad_qkv, grad_sink)
         call("attention_backward", *tensors, *ctx.sizes, num_elements=1 << 20)
-        return grad_qkv, None, None, None, None if sink is None else grad_sink.sum(0), None, None
+        return grad_qkv, None, None, None, None, None if sink is None else grad_sink.sum(0), None, None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -36,8 +36,10 @@ class AttentionPlan:
     """What all layers of one kind share in a forward pass: rotary tables and additive masks.
 
     `bias` is None when plain causal masking is enough. For sliding layers it has one (C x L) tile per block, for
-    cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries.
-    With `first_key_BT`, the first key that each query sees, the fused kernel runs and there are no masks at all.
+    cached decoding one row per query. Global layers on packed rows have `row_biases` instead, one per block of queries,
+    and so have all layers where documents branch.
+    With `first_key_BT`, the first key that each query sees, the fused kernel runs and there are no masks at all;
+    `hole_BT2` are keys after it, from begin to before end, that belong to other branches.
     With `attend`, (q_BTHK, k_BSGK, v_BSGV, sink_H) -> (B, T, H, V), that takes the place of all forms here: callers
     that keep the keys themselves bring one, and so do invariant passes (`ordered`).
     `static` asks for forms whose shapes and control flow do not depend on values, as CUDA graphs need.
@@ -51,6 +53,7 @@ class AttentionPlan:
     block_tokens: int = 0
     cached: bool = False
     first_key_BT: Tensor | None = None
+    hole_BT2: Tensor | None = None
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
     static: bool = False
 
@@ -113,7 +116,14 @@ class Attention(nn.Module):
         shape = kernels.AttentionShape(g.num_heads, g.num_kv_heads, g.qk_head_dim, g.v_head_dim, cos_BTR.shape[-1])
         sink_H = self.attention_sink_bias
         return kernels.attention(
-            qkv_BTW, cos_BTR, sin_BTR, first_key_BT, sink_H, shape=shape, value_scale=self.value_scale
+            qkv_BTW,
+            cos_BTR,
+            sin_BTR,
+            first_key_BT,
+            sink_H,
+            shape=shape,
+            value_scale=self.value_scale,
+            hole_BT2=plan.hole_BT2,
         )
 
 
@@ -310,17 +320,68 @@ def causal_biases(document_ids_BT: Tensor, dtype: torch.dtype, *, sink: bool) ->
     return tuple(biases)
 
 
-def first_visible_keys(document_ids_BT: Tensor, window_keys: int | None) -> Tensor:
-    """The first key that each query sees: the start of its document or of its window. Shapes: -> (B, T) int32.
+def branch_biases(
+    document_ids_BT: Tensor,
+    branch_ids_BT: Tensor,
+    position_ids_BT: Tensor,
+    window_keys: int | None,
+    dtype: torch.dtype,
+    *,
+    sink: bool,
+) -> tuple[Tensor, ...]:
+    """`causal_biases` for documents that branch: a query sees its own branch and branch 0, the documents' beginning.
 
-    A document is a run of equal ids within a row.
+    Distances are those of positions, for branches lie one behind the other. The readable twin of `visible_keys`.
     """
-    positions_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+    num_tokens = document_ids_BT.shape[1]
+    biases: list[Tensor] = []
+    for start in range(0, num_tokens, ROW_BLOCK):
+        end = min(start + ROW_BLOCK, num_tokens)
+        keys_B1S, queries_BC1 = (slice(None), None, slice(0, end)), (slice(None), slice(start, end), None)
+        distance_BCS = position_ids_BT[queries_BC1] - position_ids_BT[keys_B1S]
+        visible_BCS = (document_ids_BT[queries_BC1] == document_ids_BT[keys_B1S]) & (distance_BCS >= 0)
+        visible_BCS &= (branch_ids_BT[keys_B1S] == 0) | (branch_ids_BT[queries_BC1] == branch_ids_BT[keys_B1S])
+        if window_keys is not None:
+            visible_BCS &= distance_BCS < window_keys
+        bias_BCS = _additive(visible_BCS, dtype)
+        biases.append(with_sink_columns(bias_BCS) if sink else bias_BCS)
+    return tuple(biases)
+
+
+def visible_keys(
+    document_ids_BT: Tensor, branch_ids_BT: Tensor | None, window_keys: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """The first key that each query sees, and the hole between it and the query. Shapes: -> (B, T), (B, T, 2), int32.
+
+    A document is a run of equal ids within a row; it may branch (`MiMoModel.forward`). The hole of a query in a later
+    branch is what lies between the shared beginning and its branch. Without branches there are no holes.
+    """
+    places_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+
+    def last(marks_BT: Tensor) -> Tensor:
+        """The last marked place at or before each."""
+        return torch.where(marks_BT, places_T, 0).cummax(dim=1).values
+
     begins_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
-    first_BT = torch.where(begins_BT, positions_T, 0).cummax(dim=1).values
+    start_BT = last(begins_BT)
+    if branch_ids_BT is None:
+        if window_keys is not None:
+            start_BT = torch.maximum(start_BT, places_T - window_keys + 1)
+        return start_BT.to(torch.int32), None
+    changes_BT = F.pad(branch_ids_BT[:, 1:] != branch_ids_BT[:, :-1], (1, 0), value=True) | begins_BT
+    branch_BT = last(changes_BT)
+    ends_shared_BT = changes_BT & F.pad(branch_ids_BT[:, :-1] == 0, (1, 0)) & ~begins_BT
+    shared_end_BT = torch.where(branch_ids_BT == 0, branch_BT, last(ends_shared_BT))
+    first_BT = torch.where(branch_ids_BT == 0, branch_BT, start_BT)
     if window_keys is not None:
-        first_BT = torch.maximum(first_BT, positions_T - window_keys + 1)
-    return first_BT.to(torch.int32)
+        # What the window has room for beyond the branch's own keys lies at the end of the shared ones.
+        beyond_BT = window_keys - (places_T - branch_BT + 1)
+        in_branch_BT = torch.maximum(branch_BT, places_T - window_keys + 1)
+        first_BT = torch.where(beyond_BT > 0, torch.maximum(first_BT, shared_end_BT - beyond_BT), in_branch_BT)
+        first_BT = torch.where(branch_ids_BT == 0, in_branch_BT, first_BT)
+    inside_BT = first_BT < shared_end_BT
+    hole_BT2 = torch.stack([shared_end_BT, branch_BT], dim=2) * inside_BT[:, :, None]
+    return first_BT.to(torch.int32), hole_BT2.to(torch.int32)
 
 
 def with_sink_columns(bias: Tensor) -> Tensor:
@@ -334,13 +395,14 @@ def make_plans(
     document_ids_BT: Tensor | None,
     dtype: torch.dtype,
     *,
+    branch_ids_BT: Tensor | None = None,
     writes_cache: bool = False,
     is_invariant: bool = False,
 ) -> dict[AttentionKind, AttentionPlan]:
     """Rotary tables and masks for a whole-sequence pass, made once and shared by all layers and MTP heads.
 
     Without `document_ids_BT` each row is one document. The fused kernel keeps keys to itself, so a pass that fills a
-    cache (`writes_cache`) does without it. `is_invariant`: see `MiMoModel.set_invariant`.
+    cache (`writes_cache`) does without it. `branch_ids_BT` and `is_invariant`: see `MiMoModel`.
     """
     fused = not writes_cache and not is_invariant and kernels.available(dtype, position_ids_BT.device)
     plans: dict[AttentionKind, AttentionPlan] = {}
@@ -353,9 +415,14 @@ def make_plans(
             plans[kind] = AttentionPlan(kind, cos, sin, None, attend=documents.attend)
         elif fused:
             ids = torch.zeros_like(position_ids_BT) if document_ids_BT is None else document_ids_BT
-            first_BT = first_visible_keys(ids, geometry.window_keys)
+            first_BT, hole_BT2 = visible_keys(ids, branch_ids_BT, geometry.window_keys)
             cos, sin = cos.to(dtype).float(), sin.to(dtype).float()  # rounded as in the unfused form
-            plans[kind] = AttentionPlan(kind, cos, sin, None, first_key_BT=first_BT)
+            plans[kind] = AttentionPlan(kind, cos, sin, None, first_key_BT=first_BT, hole_BT2=hole_BT2)
+        elif branch_ids_BT is not None:
+            assert document_ids_BT is not None
+            ids = (document_ids_BT, branch_ids_BT, position_ids_BT)
+            biases = branch_biases(*ids, geometry.window_keys, dtype, sink=geometry.sink)
+            plans[kind] = AttentionPlan(kind, cos, sin, None, row_biases=biases)
         elif kind is AttentionKind.GLOBAL:
             packed = document_ids_BT is not None
             biases = causal_biases(document_ids_BT, dtype, sink=geometry.sink) if packed else ()

@@ -81,17 +81,21 @@ class MiMoModel(HasInvariantForm, nn.Module):
         *,
         position_ids_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
+        branch_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
         routed_experts_BTLk: Tensor | None = None,
     ) -> ModelOutput:
         """Run all layers.
 
-        `document_ids_BT` keeps packed documents apart (-1 on padding). With a cache the tokens are appended to it:
-        the caller commits them afterwards. `routed_experts_BTLk` replays given experts in every sparse layer.
+        `document_ids_BT` keeps packed documents apart (-1 on padding). `branch_ids_BT` lets several texts share their
+        beginning, which is then computed once: a document starts with branch 0, and each of the other branches, one
+        behind the other, goes on from its end; `position_ids_BT` must say so. With a cache the tokens are appended to
+        it: the caller commits them afterwards. `routed_experts_BTLk` replays given experts in every sparse layer.
         Raises: ShapeError on inputs that do not fit.
         """
         self._check(input_ids_BT, position_ids_BT, document_ids_BT, cache, routed_experts_BTLk)
-        plans, position_ids_BT = self._plans(input_ids_BT, position_ids_BT, document_ids_BT, cache)
+        self._check_branches(position_ids_BT, document_ids_BT, branch_ids_BT)
+        plans, position_ids_BT = self._plans(input_ids_BT, position_ids_BT, document_ids_BT, branch_ids_BT, cache)
         x_BTD = self.embed_tokens(input_ids_BT)
         routing: list[LayerRouting] = []
         for index, layer in enumerate(self.layers):
@@ -127,7 +131,12 @@ class MiMoModel(HasInvariantForm, nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def _plans(
-        self, ids_BT: Tensor, position_ids_BT: Tensor | None, document_ids_BT: Tensor | None, cache: Cache | None
+        self,
+        ids_BT: Tensor,
+        position_ids_BT: Tensor | None,
+        document_ids_BT: Tensor | None,
+        branch_ids_BT: Tensor | None,
+        cache: Cache | None,
     ) -> tuple[dict[AttentionKind, AttentionPlan], Tensor]:
         dtype = self.embed_tokens.weight.dtype
         if cache is not None:
@@ -138,8 +147,28 @@ class MiMoModel(HasInvariantForm, nn.Module):
                 return plans, position_ids_BT
         if position_ids_BT is None:
             position_ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        modes = {"writes_cache": cache is not None, "is_invariant": self.invariant}
-        return make_plans(self.config, position_ids_BT, document_ids_BT, dtype, **modes), position_ids_BT
+        plans = make_plans(
+            self.config,
+            position_ids_BT,
+            document_ids_BT,
+            dtype,
+            branch_ids_BT=branch_ids_BT,
+            writes_cache=cache is not None,
+            is_invariant=self.invariant,
+        )
+        return plans, position_ids_BT
+
+    def _check_branches(
+        self, position_ids_BT: Tensor | None, document_ids_BT: Tensor | None, branch_ids_BT: Tensor | None
+    ) -> None:
+        if branch_ids_BT is None:
+            return
+        if self.invariant:
+            raise ShapeError("an invariant pass has no branches; give every text a document of its own")
+        if position_ids_BT is None or document_ids_BT is None or branch_ids_BT.shape != document_ids_BT.shape:
+            raise ShapeError(
+                f"branch_ids {tuple(branch_ids_BT.shape)} need position_ids and document_ids of the same shape"
+            )
 
     def _check(
         self,

@@ -37,10 +37,9 @@ class Seesaw:
 def measure_seesaw(story: Story, *, seed: int) -> Seesaw:
     """Make what is missing: the runs of Table 7 with this seed."""
     mopd = story.student(seed)
-    budget = mopd.sampled_tokens + sum(story.teacher(domain).sampled_tokens for domain in DOMAINS)
     stages: list[Stage] = []
     before = 0
-    for domain, run in zip(DOMAINS, students.sequential_rl(story, seed, budget), strict=True):
+    for domain, run in zip(DOMAINS, students.sequential_rl(story, seed, mopd.sampled_tokens), strict=True):
         curve = tuple(
             CurvePoint(step=p.step, sampled_tokens=before + p.sampled_tokens, scores=p.scores) for p in run.curve
         )

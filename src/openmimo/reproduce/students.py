@@ -41,10 +41,10 @@ def task_arithmetic(story: Story) -> Path:
     return max(found, key=lambda model: mean(story.exam(model, TUNING_PROBLEMS, split="train").drawn))
 
 
-def mixed_rl(story: Story, seed: int, token_budget: int) -> FinishedRun:
+def mixed_rl(story: Story, seed: int, token_budget: int, *, name: str = "mixed-rl") -> FinishedRun:
     """Outcome rewards in all domains at once."""
     recipe = replace(story.teacher_recipe(*DOMAINS), seed=seed, token_budget=token_budget, steps=NO_END)
-    return story.policy(f"mixed-rl-{seed}", recipe)
+    return story.policy(f"{name}-{seed}", recipe)
 
 
 def sequential_rl(story: Story, seed: int, token_budget: int) -> list[FinishedRun]:

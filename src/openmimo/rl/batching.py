@@ -5,7 +5,7 @@ Suffixes: B rows, T tokens of a row, N answer tokens of a micro-batch, L sparse 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,12 +18,15 @@ from openmimo.rl.trajectory import Trajectory
 # Rows are a multiple of this long, so that products come in few sizes.
 ROW_MULTIPLE = 64
 MIN_ROW = 256
+# Rows of answers that share their prompts: room for the answers beside it.
+MIN_SHARED_ROW = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Packed answers with their prompts. A row's inputs leave out each answer's last token, which nothing follows.
 
+    With `branch_ids_BT` answers to one prompt are branches of one document (see `MiMoModel.forward`).
     `next_ids_BT` is the token after each input; `rows_N` are the flat places of the inputs whose next token was
     sampled, in the order of `order` (indices of the trajectories) and of their tokens. `sequence_N` is the trajectory
     of each, `versions_N` the version of the weights that drew it.
@@ -33,6 +36,7 @@ class MicroBatch:
     token_ids_BT: Tensor
     next_ids_BT: Tensor
     document_ids_BT: Tensor
+    branch_ids_BT: Tensor | None
     position_ids_BT: Tensor
     rows_N: Tensor
     sequence_N: Tensor
@@ -57,6 +61,15 @@ class MicroBatch:
         """Inputs that are not padding and have no recorded experts: the router chooses for them."""
         return int(((self.document_ids_BT >= 0) & ~self.has_routes_BT).sum())
 
+    def places(self, rows: slice = slice(None)) -> dict[str, Tensor | None]:
+        """What the model has to know about the places of some rows."""
+        branch_ids_BT = None if self.branch_ids_BT is None else self.branch_ids_BT[rows]
+        return {
+            "position_ids_BT": self.position_ids_BT[rows],
+            "document_ids_BT": self.document_ids_BT[rows],
+            "branch_ids_BT": branch_ids_BT,
+        }
+
     def to(self, device: torch.device) -> MicroBatch:
         """The micro-batch where the model is."""
         if device.type == "cpu":
@@ -65,16 +78,33 @@ class MicroBatch:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Answers that share the first `shared` tokens of their prompt; one answer alone shares nothing."""
+
+    indices: tuple[int, ...]
+    shared: int
+
+    def size(self, trajectories: Sequence[Trajectory]) -> int:
+        """Places that it takes."""
+        return self.shared + sum(trajectories[index].num_inputs - self.shared for index in self.indices)
+
+
 def pack(
     trajectories: Sequence[Trajectory],
     *,
     max_tokens: int,
     num_experts: int = 0,
     chosen: Sequence[int] | None = None,
+    share_prompts: bool = False,
+    num_heads: int = 3,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` places that hold every trajectory, or the `chosen`, once, long ones first.
 
     Rows are as long as the longest trajectory needs, so one may exceed `max_tokens` alone.
+    With `share_prompts` a prompt's tokens are there once for all its answers in a row, where their routes are the same.
+    Its last tokens, which predict an answer's first or with which one of `num_heads` MTP heads does, every answer has
+    for itself.
     Places without routes name different experts in turn, so that padding loads none of the `num_experts` more.
     Raises: TrainingError when some trajectories have routes and others have none.
     """
@@ -87,8 +117,10 @@ def pack(
             f"{with_routes} of {len(indices)} trajectories have routes; record them for all or for none"
         )
     longest = max(trajectories[index].num_inputs for index in indices)
-    width = max(MIN_ROW, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)
-    rows = _fill_rows(trajectories, indices, width)
+    units = list(_share(trajectories, indices, num_heads + 1)) if share_prompts else [_Unit((i,), 0) for i in indices]
+    least = MIN_SHARED_ROW if any(unit.shared for unit in units) else MIN_ROW
+    width = max(least, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)
+    rows = _fill_rows(trajectories, units, width)
     per_batch = max(1, max_tokens // width)
     return [
         _micro_batch(trajectories, rows[first : first + per_batch], width, num_experts)
@@ -96,46 +128,86 @@ def pack(
     ]
 
 
-def _fill_rows(trajectories: Sequence[Trajectory], indices: Sequence[int], width: int) -> list[list[int]]:
-    """Each trajectory into the first row with room for it, the longest first."""
-    rows: list[list[int]] = []
+def _share(trajectories: Sequence[Trajectory], indices: Sequence[int], own: int) -> Iterator[_Unit]:
+    """Units of answers with one prompt; each answer keeps the prompt's last `own` tokens for itself."""
+    by_prompt: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
+    for index in indices:
+        one = trajectories[index]
+        shared = max(0, len(one.prompt.token_ids) - own)
+        routes = b"" if one.routes is None else one.routes[:shared].tobytes()
+        by_prompt.setdefault((one.prompt.token_ids[:shared], routes), []).append(index)
+    for (token_ids, _), found in by_prompt.items():
+        if len(found) > 1 and token_ids:
+            yield _Unit(tuple(found), len(token_ids))
+        else:
+            yield from (_Unit((index,), 0) for index in found)
+
+
+def _fill_rows(trajectories: Sequence[Trajectory], units: Sequence[_Unit], width: int) -> list[list[_Unit]]:
+    """Each unit into the first row with room for it, the longest first; what a row has no room for is divided."""
+    rows: list[list[_Unit]] = []
     room: list[int] = []
-    for index in sorted(indices, key=lambda index: (-trajectories[index].num_inputs, index)):
-        size = trajectories[index].num_inputs
-        place = next((row for row, free in enumerate(room) if free >= size), len(rows))
-        if place == len(rows):
+    waiting = sorted(units, key=lambda unit: (-unit.size(trajectories), unit.indices), reverse=True)
+    while waiting:
+        unit = waiting.pop()
+        size = unit.size(trajectories)
+        place = next((row for row, free in enumerate(room) if free >= size), None)
+        if place is None and len(unit.indices) > 1:
+            # Two answers at least, or the prompt is only repeated.
+            place = next((row for row, free in enumerate(room) if _fitting(trajectories, unit, free) > 1), None)
+        if place is None:
+            place = len(rows)
             rows.append([])
             room.append(width)
-        rows[place].append(index)
-        room[place] -= size
+        fitting = _fitting(trajectories, unit, room[place])
+        if fitting < len(unit.indices):
+            waiting.append(replace(unit, indices=unit.indices[fitting:]))
+            unit = replace(unit, indices=unit.indices[:fitting])
+        rows[place].append(unit)
+        room[place] -= unit.size(trajectories)
     return rows
 
 
+def _fitting(trajectories: Sequence[Trajectory], unit: _Unit, room: int) -> int:
+    """How many of the unit's answers, from the first on, there is room for."""
+    room -= unit.shared
+    for number, index in enumerate(unit.indices):
+        room -= trajectories[index].num_inputs - unit.shared
+        if room < 0:
+            return number
+    return len(unit.indices)
+
+
 def _micro_batch(
-    trajectories: Sequence[Trajectory], rows: Sequence[Sequence[int]], width: int, num_experts: int
+    trajectories: Sequence[Trajectory], rows: Sequence[Sequence[_Unit]], width: int, num_experts: int
 ) -> MicroBatch:
     shape = (len(rows), width)
     ids, following = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     documents, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+    branches = np.zeros(shape, np.int32)
     has_routes, routes = np.zeros(shape, np.bool_), None
-    first_routes = trajectories[rows[0][0]].routes
+    first_routes = trajectories[rows[0][0].indices[0]].routes
     if first_routes is not None:
         routes = np.zeros((*shape, *first_routes.shape[1:]), np.uint16)
     places: list[np.ndarray] = []
     order: list[int] = []
-    for row, indices in enumerate(rows):
+    for row, units in enumerate(rows):
         start = 0
-        for document, index in enumerate(indices):
-            one = trajectories[index]
-            text = np.array(one.prompt.token_ids + one.token_ids, np.int64)
-            end = start + len(text) - 1
-            ids[row, start:end], following[row, start:end] = text[:-1], text[1:]
-            documents[row, start:end], positions[row, start:end] = document, np.arange(len(text) - 1)
-            if routes is not None and one.routes is not None:
-                routes[row, start:end], has_routes[row, start:end] = one.routes, True
-            places.append(row * width + np.arange(end - len(one.token_ids), end))
-            order.append(index)
-            start = end
+        for document, unit in enumerate(units):
+            for branch, index in enumerate(unit.indices):
+                one = trajectories[index]
+                text = np.array(one.prompt.token_ids + one.token_ids, np.int64)
+                begin = unit.shared if branch else 0  # the first answer brings the shared tokens along
+                end = start + len(text) - 1 - begin
+                ids[row, start:end], following[row, start:end] = text[begin:-1], text[begin + 1 :]
+                documents[row, start:end], positions[row, start:end] = document, np.arange(begin, len(text) - 1)
+                if unit.shared:
+                    branches[row, start + unit.shared - begin : end] = branch + 1
+                if routes is not None and one.routes is not None:
+                    routes[row, start:end], has_routes[row, start:end] = one.routes[begin:], True
+                places.append(row * width + np.arange(end - len(one.token_ids), end))
+                order.append(index)
+                start = end
         positions[row, start:] = np.arange(width - start)  # padding counts up like any document
     if routes is not None:
         _route_in_turn(routes, ~has_routes, num_experts)
@@ -145,6 +217,7 @@ def _micro_batch(
         token_ids_BT=torch.from_numpy(ids),
         next_ids_BT=torch.from_numpy(following),
         document_ids_BT=torch.from_numpy(documents),
+        branch_ids_BT=torch.from_numpy(branches) if branches.any() else None,
         position_ids_BT=torch.from_numpy(positions),
         rows_N=torch.from_numpy(np.concatenate(places)),
         sequence_N=torch.from_numpy(np.repeat(np.array(order), sizes)),

@@ -18,6 +18,7 @@ from openmimo.config.recipe import to_toml
 from openmimo.config.rl import Algorithm, RLRecipe
 from openmimo.engine import Engine
 from openmimo.engine.loading import resolve_model_folder
+from openmimo.kernels import training as kernels
 from openmimo.model import MiMoModel, cast_model
 from openmimo.rl.batching import MicroBatch, pack
 from openmimo.rl.grading import Grading
@@ -260,13 +261,21 @@ class PolicyRun:
     def _micro_batches(self, answers: Sequence[Trajectory]) -> Iterator[tuple[str, MicroBatch]]:
         """Packed answers; with teachers each has those of one domain, and the domains come one after another."""
         moe = self.model.config.moe
-        num_experts = moe.num_experts if moe else 0
+        # Only the fused kernel leaves out the other answers' keys; masks would cost more than prompts.
+        share_prompts = kernels.available(self.dtype, self.device)
         by_domain: dict[str, list[int]] = {}
         for index, one in enumerate(answers):
             by_domain.setdefault(one.domain if self.recipe.algorithm is Algorithm.MOPD else "", []).append(index)
         for domain, chosen in sorted(by_domain.items()):
-            size = self.recipe.micro_batch_tokens
-            for batch in pack(answers, chosen=chosen, max_tokens=size, num_experts=num_experts):
+            batches = pack(
+                answers,
+                chosen=chosen,
+                max_tokens=self.recipe.micro_batch_tokens,
+                num_experts=moe.num_experts if moe else 0,
+                share_prompts=share_prompts,
+                num_heads=self.model.config.num_mtp_heads,
+            )
+            for batch in batches:
                 yield domain, batch.to(self.device)
 
     def _worth_learning(self, groups: Sequence[Group]) -> list[Group]:

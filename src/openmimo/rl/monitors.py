@@ -66,11 +66,7 @@ def native_mismatch(model: MiMoModel, batch: MicroBatch, max_tokens: int, num_to
     """
     num_rows = max(1, max_tokens // batch.token_ids_BT.shape[1])
     rows = slice(0, num_rows)
-    output = model(
-        batch.token_ids_BT[rows],
-        position_ids_BT=batch.position_ids_BT[rows],
-        document_ids_BT=batch.document_ids_BT[rows],
-    )
+    output = model(batch.token_ids_BT[rows], **batch.places(rows))
     inside_N = batch.rows_N < output.token_ids_BT.numel()
     hidden_ND = model.norm(output.hidden_BTD.flatten(0, 1)[batch.rows_N[inside_N]])
     logprobs_N = token_logprobs(

@@ -86,7 +86,7 @@ class Teachers:
     def view(self, domain: str, batch: MicroBatch, signal: Signal, top_k: int) -> TeacherView:
         """What the domain's teacher says about a micro-batch of that domain's answers."""
         model = self._model(self.folder(domain))
-        output = model(batch.token_ids_BT, position_ids_BT=batch.position_ids_BT, document_ids_BT=batch.document_ids_BT)
+        output = model(batch.token_ids_BT, **batch.places())
         hidden_ND = model.norm(output.hidden_BTD.flatten(0, 1)[batch.rows_N])
         weight_VD = model.lm_head.weight[: self.num_tokens]
         if signal is Signal.SAMPLED:

@@ -96,8 +96,7 @@ class PolicyUpdater:
             )
         output = self.model(
             batch.token_ids_BT,
-            position_ids_BT=batch.position_ids_BT,
-            document_ids_BT=batch.document_ids_BT,
+            **batch.places(),
             routed_experts_BTLk=batch.routes_BTLk if self.rollout.replay and self.model.config.num_moe_layers else None,
         )
         hidden_ND = self.model.norm(output.hidden_BTD.flatten(0, 1)[batch.rows_N])
@@ -255,7 +254,8 @@ def mtp_loss(output: ModelOutput, batch: MicroBatch) -> Tensor:
     """Cross-entropy of the MTP heads, summed over the answers' tokens, mean over the heads; it reaches them alone.
 
     Hidden states, embedding and output head are detached, so drafting follows the policy without pulling at it. Head k
-    at position i sees token i + 1 + k and predicts token i + 2 + k.
+    at position i sees token i + 1 + k and predicts token i + 2 + k. Answers that share a prompt keep its end for
+    themselves (`pack`), so that what a head sees is of the answer that it predicts.
     """
     model = output.model
     plan: AttentionPlan = output.plans[AttentionKind.SLIDING]

@@ -61,6 +61,7 @@ def attention_loop(
     sink: Tensor | None,
     shape: kernels.AttentionShape,
     scale: float,
+    hole: Tensor | None = None,
 ) -> Tensor:
     """The full square of scores in float64."""
     heads, groups, half = shape.num_heads, shape.num_kv_heads, shape.rotary_half
@@ -75,6 +76,8 @@ def attention_loop(
     scores = torch.einsum("bthk,bshk->bhts", rotated(q), k) * shape.qk_head_dim**-0.5
     keys = torch.arange(qkv.shape[1])
     visible = (keys <= keys[:, None]) & (keys >= first[:, :, None])
+    if hole is not None:
+        visible &= ~((keys >= hole[:, :, :1]) & (keys < hole[:, :, 1:]))
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     if sink is not None:
         scores = torch.cat([scores, sink[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
@@ -83,34 +86,49 @@ def attention_loop(
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
-    ("batch", "num_tokens", "sizes", "window", "document", "sink"),
+    ("batch", "num_tokens", "sizes", "window", "document", "sink", "holes"),
     [
-        (2, 200, (8, 4, 48, 32, 8), 128, 37, True),
-        (1, 130, (4, 1, 24, 20, 4), 1000, 1000, False),  # dims that are no multiple of 16; global
-        (3, 64, (2, 2, 192, 128, 32), 17, 64, True),  # the large presets' dims; exactly one tile
-        (1, 1, (2, 1, 8, 8, 2), 5, 1, True),
-        (2, 321, (6, 2, 40, 24, 6), 128, 500, False),
+        (2, 200, (8, 4, 48, 32, 8), 128, 37, True, False),
+        (1, 130, (4, 1, 24, 20, 4), 1000, 1000, False, False),  # dims that are no multiple of 16; global
+        (3, 64, (2, 2, 192, 128, 32), 17, 64, True, False),  # the large presets' dims; exactly one tile
+        (1, 1, (2, 1, 8, 8, 2), 5, 1, True, False),
+        (2, 321, (6, 2, 40, 24, 6), 128, 500, False, False),
+        (2, 321, (8, 2, 40, 24, 6), 1000, 1000, True, True),  # holes that hide whole blocks of keys
+        (1, 150, (4, 2, 24, 16, 4), 1000, 40, False, True),  # and some inside of blocks
     ],
 )
 def test_attention_matches_float64(
-    batch: int, num_tokens: int, sizes: tuple[int, int, int, int, int], window: int, document: int, sink: bool
+    batch: int,
+    num_tokens: int,
+    sizes: tuple[int, int, int, int, int],
+    window: int,
+    document: int,
+    sink: bool,
+    holes: bool,
 ) -> None:
-    """Catches wrong masks, tiles, rotation, normaliser, value scale or sink, forward and backward."""
+    """Catches wrong masks, tiles, rotation, normaliser, value scale or sink, forward and backward; and a block of keys
+    that is skipped although one query sees it, or that is not although none does."""
     generator = torch.Generator().manual_seed(num_tokens)
     shape = kernels.AttentionShape(*sizes)
     qkv = torch.randn(batch, num_tokens, shape.width, generator=generator).bfloat16().requires_grad_()
     angles = 3 * torch.randn(batch, num_tokens, shape.rotary_half, generator=generator)
     positions = torch.arange(num_tokens).expand(batch, -1)
     first = torch.maximum(positions - window + 1, positions // document * document).int()
+    hole = None
+    if holes:
+        # Between a document's first ten keys and stretches of twenty, which are branches.
+        shared, branch = positions // document * document + 10, positions // 20 * 20
+        hole = (torch.stack([shared, branch], 2) * (branch > shared)[:, :, None]).int()
     sink_H = torch.randn(shape.num_heads, generator=generator).requires_grad_() if sink else None
-    out = kernels.attention(qkv, angles.cos(), angles.sin(), first, sink_H, shape=shape, value_scale=0.7)
+    options = {"shape": shape, "value_scale": 0.7, "hole_BT2": hole}
+    out = kernels.attention(qkv, angles.cos(), angles.sin(), first, sink_H, **options)
     upstream = torch.randn(out.shape, generator=generator).bfloat16()
     out.backward(upstream)
 
     qkv64 = qkv.detach().double().requires_grad_()
     sink64 = None if sink_H is None else sink_H.detach().double().requires_grad_()
     tables = angles.cos().double(), angles.sin().double()
-    expected = attention_loop(qkv64, *tables, first, sink64, shape, 0.7)
+    expected = attention_loop(qkv64, *tables, first, sink64, shape, 0.7, hole)
     expected.backward(upstream.double())
     assert relative_error(out, expected) < TOLERANCE
     assert relative_error(qkv.grad, qkv64.grad) < TOLERANCE
@@ -282,6 +300,8 @@ def test_a_wrong_size_is_refused() -> None:
         kernels.attention(qkv[..., 1:], tables, tables, first, None, **good)
     with pytest.raises(ShapeError, match="int32"):
         kernels.attention(qkv, tables, tables, first.long(), None, **good)
+    with pytest.raises(ShapeError, match="hole must be int32"):
+        kernels.attention(qkv, tables, tables, first, None, hole_BT2=first, **good)
     odd = dataclasses.replace(shape, num_heads=3, num_kv_heads=2)
     with pytest.raises(ShapeError, match="divide"):
         kernels.attention(qkv.new_zeros(1, 4, odd.width), tables, tables, first, None, shape=odd, value_scale=1.0)

@@ -38,17 +38,21 @@ def folder() -> Path:
 
 
 @cache
-def sampled(heads: int = 3, weights: str = "int8") -> tuple[Trajectory, ...]:
+def sampled(
+    heads: int = 3, weights: str = "int8", *, prompts: int = NUM_ANSWERS, group: int = 1
+) -> tuple[Trajectory, ...]:
     """Answers of the native sampler in 8 bits."""
     recipe = rl_recipe(sources=[{"domain": "logic"}])
     template = ChatTemplate(Tokenizer.load(folder()))
     scheduler = PromptScheduler(recipe, lambda text: template.render([{"role": "user", "content": text}]))
-    prompts = [scheduler.next() for _ in range(NUM_ANSWERS)]
+    drawn = [scheduler.next() for _ in range(prompts)]
     engine = Engine(folder(), weights=weights, draft_heads=heads, max_batch=5)
     answers: list[Trajectory] = []
-    for prompt in prompts:
-        params = SamplingParams(temperature=1.0, max_tokens=60, seed=prompt.seed, logprobs=True, routed_experts=True)
-        answers.append(Trajectory.from_completion(prompt, engine.generate([prompt.token_ids], params)[0]))
+    for prompt in drawn:
+        params = SamplingParams(
+            temperature=1.0, max_tokens=60, seed=prompt.seed, n=group, logprobs=True, routed_experts=True
+        )
+        answers += [Trajectory.from_completion(prompt, one) for one in engine.generate([prompt.token_ids], params)]
     return tuple(answers)
 
 
@@ -62,7 +66,11 @@ def targets(answers: tuple[Trajectory, ...]) -> AnswerTargets:
 
 
 def gradients(
-    answers: tuple[Trajectory, ...], *, max_tokens: int = 4096, order: list[int] | None = None
+    answers: tuple[Trajectory, ...],
+    *,
+    max_tokens: int = 4096,
+    order: list[int] | None = None,
+    share_prompts: bool = False,
 ) -> dict[str, Tensor]:
     """Gradients of the policy's loss by parameter, in fp32."""
     model = load_model(folder())
@@ -71,7 +79,8 @@ def gradients(
         model, optimizer, rl_recipe().loss, Algorithm.GRPO, rollout=rl_recipe().rollout, num_tokens=420
     )
     updater.begin()
-    for batch in pack(answers, max_tokens=max_tokens, num_experts=EXPERTS, chosen=order):
+    options = {"max_tokens": max_tokens, "num_experts": EXPERTS, "chosen": order, "share_prompts": share_prompts}
+    for batch in pack(answers, **options):
         updater.add(batch, targets(answers), version=0)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -262,6 +271,29 @@ def test_8_order_of_micro_batches_and_recomputation_keep_rows_with_their_tokens(
         out[batch.has_routes_BT].square().sum().backward()
         grads.append(torch.cat([router.weight.grad.flatten() for router in model.routers()]))  # type: ignore[union-attr]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_answers_that_share_their_prompt_teach_the_same() -> None:
+    """Catches a prompt's gradient that misses an answer, a head that looks into another answer, an answer that is left
+    out where a row is full, and prompts with other routes that are shared all the same."""
+    answers = sampled(prompts=3, group=4)
+    reference = gradients(answers)
+    assert any("mtp_heads" in name for name in reference)
+    for max_tokens in (512, 4096):
+        assert same(reference, gradients(answers, max_tokens=max_tokens, share_prompts=True))
+    apart = sum(batch.num_tokens for batch in pack(answers, max_tokens=4096, num_experts=EXPERTS))
+    batches = pack(answers, max_tokens=512, num_experts=EXPERTS, share_prompts=True)
+    assert sorted(index for batch in batches for index in batch.order) == list(range(12))
+    saved = sum(len(one.prompt.token_ids) - 4 for one in answers[::4])  # of each prompt, once for every other answer
+    rows = sum(len(batch.token_ids_BT) for batch in batches)
+    assert apart - 3 * saved <= sum(batch.num_tokens for batch in batches) <= apart - 3 * saved + (rows - 1) * saved
+    first, *others = answers[:4]
+    assert first.routes is not None
+    moved = dataclasses.replace(first, routes=(first.routes + 1) % EXPERTS)
+    (batch,) = pack([moved, *others], max_tokens=4096, num_experts=EXPERTS, share_prompts=True)
+    assert len(batch.document_ids_BT.unique()) == 3  # the one, the three, padding
+    shuffled = with_routes(answers, lambda routes: np.roll(routes, 1, axis=0))
+    assert not same(reference, gradients(shuffled, share_prompts=True))
 
 
 def test_replay_uses_exactly_the_recorded_sets() -> None:

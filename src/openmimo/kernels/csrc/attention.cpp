@@ -77,13 +77,13 @@ void finish_forward(const Shape& s, const Tile& tile, int64_t head, const Runnin
   }
 }
 
-void forward_group(const bf16* qkv, const float* cosine, const float* sine, const int32_t* first_key, const float* sink,
+void forward_group(const bf16* qkv, const float* cosine, const float* sine, const Sight& sight, const float* sink,
                    const Shape& s, int64_t group, ForwardScratch& w, bf16* out, float* lse) {
   const int64_t K = s.qk_padded(), V = s.value_padded(), all_keys = s.keys_padded();
   pack_keys(qkv, cosine, sine, s, group, w.keys, w.values);
   transpose_rows([&](int64_t r) { return w.values + r * V; }, all_keys, V, w.values_across, all_keys);
   for (int64_t start = 0; start < s.tokens; start += s.tile_tokens()) {
-    const Tile tile(first_key, start, s);
+    const Tile tile(sight, start, s);
     for (int64_t head = group * s.per_group(); head < (group + 1) * s.per_group(); head += s.tile_heads()) {
       pack_queries(qkv, cosine, sine, s, tile, head, w.q_rows);
       pairs_across(w.q_rows, COLUMNS, K, w.q_pairs, COLUMNS);
@@ -94,6 +94,7 @@ void forward_group(const bf16* qkv, const float* cosine, const float* sine, cons
       }
       for (int64_t key = tile.begin_key; key < tile.end_key; key += KEY_BLOCK) {
         const int64_t keys = std::min(KEY_BLOCK, tile.end_key - key);
+        if (tile.sees_nothing(key, keys)) continue;
         product(w.keys + key * K, K, w.q_pairs, COLUMNS, w.scores, COLUMNS, keys, COLUMNS, K / 2, false);
         const auto softmax = tile.sees_all(key, keys) ? softmax_block<false> : softmax_block<true>;
         softmax(w.scores, tile, key, keys, run, w.p_pairs);
@@ -193,8 +194,8 @@ void finish_queries(const float* cosine, const float* sine, const Shape& s, cons
   }
 }
 
-void backward_group(const bf16* qkv, const float* cosine, const float* sine, const int32_t* first_key,
-                    const float* sink, const bf16* out, const float* lse, const bf16* grad_out, const Shape& s,
+void backward_group(const bf16* qkv, const float* cosine, const float* sine, const Sight& sight, const float* sink,
+                    const bf16* out, const float* lse, const bf16* grad_out, const Shape& s,
                     int64_t group, BackwardScratch& w, bf16* grad_qkv, float* grad_sink) {
   const int64_t K = s.qk_padded(), V = s.value_padded(), all_keys = s.keys_padded();
   pack_keys(qkv, cosine, sine, s, group, w.keys, w.values);
@@ -203,7 +204,7 @@ void backward_group(const bf16* qkv, const float* cosine, const float* sine, con
   std::memset(w.grad_v, 0, all_keys * V * sizeof(float));
   std::fill(grad_sink + group * s.per_group(), grad_sink + (group + 1) * s.per_group(), 0.0f);
   for (int64_t start = 0; start < s.tokens; start += s.tile_tokens()) {
-    const Tile tile(first_key, start, s);
+    const Tile tile(sight, start, s);
     for (int64_t head = group * s.per_group(); head < (group + 1) * s.per_group(); head += s.tile_heads()) {
       pack_queries(qkv, cosine, sine, s, tile, head, w.q_rows);
       pack_gradients(out, lse, grad_out, sink, s, tile, head, w, grad_sink);
@@ -213,6 +214,7 @@ void backward_group(const bf16* qkv, const float* cosine, const float* sine, con
       pairs_down(w.g_rows, COLUMNS, V, w.g_down);
       for (int64_t key = tile.begin_key; key < tile.end_key; key += KEY_BLOCK) {
         const int64_t keys = std::min(KEY_BLOCK, tile.end_key - key);
+        if (tile.sees_nothing(key, keys)) continue;
         product(w.keys + key * K, K, w.q_pairs, COLUMNS, w.scores, COLUMNS, keys, COLUMNS, K / 2, false);
         product(w.values + key * V, V, w.g_pairs, COLUMNS, w.changes, COLUMNS, keys, COLUMNS, V / 2, false);
         const auto gradient = tile.sees_all(key, keys) ? gradient_block<false> : gradient_block<true>;
@@ -253,11 +255,13 @@ int openmimo_product_kind() {
 }
 
 // qkv (B, T, H*K + G*K + G*V) before rotation; tables (B, T, half); first_key (B, T): first visible key of each query,
-// counted in its row; sink (H) or null -> out (B, T, H, V), lse (B, H, T) or null: log2 of the normaliser.
+// counted in its row; holes (B, T, 2) or null: keys from begin to before end that it does not see, after its first;
+// sink (H) or null -> out (B, T, H, V), lse (B, H, T) or null: log2 of the normaliser.
 void openmimo_attention_forward(const bf16* qkv, const float* cosine, const float* sine, const int32_t* first_key,
-                                const float* sink, bf16* out, float* lse, int64_t batch, int64_t tokens, int64_t heads,
-                                int64_t groups, int64_t qk, int64_t value, int64_t half, float score_scale,
-                                float value_scale, int threads) {
+                                const int32_t* holes, const float* sink, bf16* out, float* lse, int64_t batch,
+                                int64_t tokens, int64_t heads, int64_t groups, int64_t qk, int64_t value, int64_t half,
+                                float score_scale, float value_scale, int threads) {
+  const Sight sight{first_key, holes};
   const Shape s{batch, tokens, heads, groups, qk, value, half, score_scale, value_scale};
 #pragma omp parallel num_threads(threads)
   {
@@ -266,18 +270,19 @@ void openmimo_attention_forward(const bf16* qkv, const float* cosine, const floa
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * groups; ++task) {
       const int64_t b = task / groups, at = b * tokens;
-      forward_group(qkv + at * s.width(), cosine + at * half, sine + at * half, first_key + at, sink, s, task % groups,
-                    scratch, out + at * heads * value, lse ? lse + at * heads : nullptr);
+      forward_group(qkv + at * s.width(), cosine + at * half, sine + at * half, sight.from(at), sink, s,
+                    task % groups, scratch, out + at * heads * value, lse ? lse + at * heads : nullptr);
     }
   }
 }
 
 // grad_sink (B, H): one row per sequence, so that the sum does not depend on the threads.
 void openmimo_attention_backward(const bf16* qkv, const float* cosine, const float* sine, const int32_t* first_key,
-                                 const float* sink, const bf16* out, const float* lse, const bf16* grad_out,
-                                 bf16* grad_qkv, float* grad_sink, int64_t batch, int64_t tokens, int64_t heads,
-                                 int64_t groups, int64_t qk, int64_t value, int64_t half, float score_scale,
-                                 float value_scale, int threads) {
+                                 const int32_t* holes, const float* sink, const bf16* out, const float* lse,
+                                 const bf16* grad_out, bf16* grad_qkv, float* grad_sink, int64_t batch, int64_t tokens,
+                                 int64_t heads, int64_t groups, int64_t qk, int64_t value, int64_t half,
+                                 float score_scale, float value_scale, int threads) {
+  const Sight sight{first_key, holes};
   const Shape s{batch, tokens, heads, groups, qk, value, half, score_scale, value_scale};
 #pragma omp parallel num_threads(threads)
   {
@@ -286,7 +291,7 @@ void openmimo_attention_backward(const bf16* qkv, const float* cosine, const flo
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * groups; ++task) {
       const int64_t b = task / groups, at = b * tokens;
-      backward_group(qkv + at * s.width(), cosine + at * half, sine + at * half, first_key + at, sink,
+      backward_group(qkv + at * s.width(), cosine + at * half, sine + at * half, sight.from(at), sink,
                      out + at * heads * value, lse + at * heads, grad_out + at * heads * value, s, task % groups,
                      scratch, grad_qkv + at * s.width(), grad_sink + b * heads);
     }

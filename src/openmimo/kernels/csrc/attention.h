@@ -83,21 +83,43 @@ inline void pack_keys(const bf16* qkv, const float* cosine, const float* sine, c
   clear(values + s.tokens * V, (s.keys_padded() - s.tokens) * V);
 }
 
+// The keys that the queries of one sequence see: first[t] .. t, without holes[2t] <= key < holes[2t + 1] where there
+// are holes.
+struct Sight {
+  const int32_t *first, *holes;
+
+  Sight from(int64_t token) const { return {first + token, holes ? holes + 2 * token : nullptr}; }
+};
+
 // A tile of columns: column r * tokens_per_head + i is token start + i of the tile's r-th head.
 struct Tile {
-  alignas(64) int32_t first[COLUMNS], last[COLUMNS];  // keys that a column sees; columns without a query see none
+  // Keys that a column sees and does not see; columns without a query see none.
+  alignas(64) int32_t first[COLUMNS], last[COLUMNS], hole_begin[COLUMNS], hole_end[COLUMNS];
   int64_t start, count, begin_key, end_key, highest_first;
+  int64_t any_hole_begin = INT_MAX, any_hole_end = 0;  // keys outside are in no query's hole
+  int64_t all_hole_begin = 0, all_hole_end = INT_MAX;  // keys inside are in every query's
 
-  Tile(const int32_t* first_key, int64_t start_, const Shape& s)
+  Tile(const Sight& sight, int64_t start_, const Shape& s)
       : start(start_), count(std::min(s.tile_tokens(), s.tokens - start_)), highest_first(0) {
     int64_t lowest = start;
     for (int64_t i = 0; i < s.tile_tokens(); ++i) {
       const bool real = i < count;
-      if (real) lowest = std::min<int64_t>(lowest, first_key[start + i]);
-      if (real) highest_first = std::max<int64_t>(highest_first, first_key[start + i]);
+      const int32_t from = real ? sight.first[start + i] : INT_MAX;
+      const int32_t begin = real && sight.holes ? sight.holes[2 * (start + i)] : 0;
+      const int32_t end = real && sight.holes ? sight.holes[2 * (start + i) + 1] : 0;
+      if (real) {
+        lowest = std::min<int64_t>(lowest, from);
+        highest_first = std::max<int64_t>(highest_first, from);
+        if (begin < end) any_hole_begin = std::min<int64_t>(any_hole_begin, begin);
+        any_hole_end = std::max<int64_t>(any_hole_end, end);
+        all_hole_begin = std::max<int64_t>(all_hole_begin, begin);
+        all_hole_end = std::min<int64_t>(all_hole_end, end);
+      }
       for (int64_t column = i; column < COLUMNS; column += s.tile_tokens()) {
-        first[column] = real ? first_key[start + i] : INT_MAX;
+        first[column] = from;
         last[column] = real ? static_cast<int32_t>(start + i) : -1;
+        hole_begin[column] = begin;
+        hole_end[column] = end;
       }
     }
     begin_key = lowest / KEY_STEP * KEY_STEP;
@@ -105,11 +127,18 @@ struct Tile {
   }
 
   // Whether every query sees all keys of the block.
-  bool sees_all(int64_t key, int64_t keys) const { return key >= highest_first && key + keys <= start + 1; }
+  bool sees_all(int64_t key, int64_t keys) const {
+    return key >= highest_first && key + keys <= start + 1 && (key + keys <= any_hole_begin || key >= any_hole_end);
+  }
+
+  // Whether no query sees any key of the block because of its hole; never so of the first block.
+  bool sees_nothing(int64_t key, int64_t keys) const { return key >= all_hole_begin && key + keys <= all_hole_end; }
 
   i32x16 visible(int64_t key, int vector) const {
     const int32_t at = static_cast<int32_t>(key);
-    return (load<i32x16>(first + LANES * vector) <= at) & (load<i32x16>(last + LANES * vector) >= at);
+    const int64_t c = LANES * vector;
+    const i32x16 hidden = (load<i32x16>(hole_begin + c) <= at) & (load<i32x16>(hole_end + c) > at);
+    return (load<i32x16>(first + c) <= at) & (load<i32x16>(last + c) >= at) & ~hidden;
   }
 };
 
