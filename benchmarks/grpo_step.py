@@ -3,6 +3,8 @@
 Usage: python benchmarks/grpo_step.py [--model runs/demo/base] [--prompts 32] [--group 8] [--rounds 3]
 Needs a model (`make demo`), trl and transformers (`pip install trl`). TRL samples with transformers' generate, which is
 what it has without a GPU; its best of fp32 and bf16 weights counts. Both take turns; prints a table and one JSON line.
+With --fixed-tokens N nothing ends an answer before N tokens, and the reward is whether its text has an odd length, so
+that all groups teach: for the cost of answers longer than those of a small model.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ def main() -> None:
         recipe = our_recipe(options)
         convert(resolve_model_folder(options.model), folder / "theirs", layout="native", dtype="float32")
         ours = PolicyRun(recipe, folder / "ours")
+        if options.fixed_tokens:
+            fix_length(ours)
         seconds: dict[str, list[float]] = {"openmimo": [], **{f"trl, {dtype}": [] for dtype in DTYPES}}
         lengths: dict[str, list[float]] = {name: [] for name in seconds}
         for _ in range(options.rounds):
@@ -58,11 +62,25 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=192)
+    parser.add_argument("--fixed-tokens", type=int, default=0, help="length of every answer; 0: as it comes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of each in a round")
     parser.add_argument("--model", type=Path, default=Path("runs/demo/base"), help="run folder of the model to train")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.max_tokens = options.fixed_tokens or options.max_tokens
+    return options
+
+
+def odd_length(text: str) -> float:
+    return float(len(text) % 2)
+
+
+def fix_length(run: PolicyRun) -> None:
+    """Let end tokens end nothing, and reward what no answer is meant to have."""
+    add = run.sampler.add_request
+    run.sampler.add_request = lambda ids, params, **rest: add(ids, replace(params, ignore_eos=True), **rest)
+    run.rollout.grade = lambda answers: [replace(one, reward=odd_length(one.text)) for one in answers]
 
 
 def our_recipe(options: argparse.Namespace) -> RLRecipe:
@@ -100,6 +118,8 @@ def trl_steps(model: Path, dtype: str, folder: Path, options: argparse.Namespace
             self.began = now
 
     def reward(completions: list[str], number: list[int], **_: Any) -> list[float]:
+        if options.fixed_tokens:
+            return [odd_length(text) for text in completions]
         return [grade_response(problems[index], text) for index, text in zip(number, completions, strict=True)]
 
     answers = options.prompts * options.group
@@ -110,6 +130,7 @@ def trl_steps(model: Path, dtype: str, folder: Path, options: argparse.Namespace
         per_device_train_batch_size=answers,
         num_generations=options.group,
         max_completion_length=options.max_tokens,
+        generation_kwargs={"min_new_tokens": options.fixed_tokens} if options.fixed_tokens else None,
         temperature=1.0,
         beta=0.0,
         learning_rate=1e-4,
@@ -146,6 +167,7 @@ def report(seconds: dict[str, list[float]], lengths: dict[str, list[float]], opt
     best = min(medians[f"trl, {dtype}"] for dtype in DTYPES)
     figures = {
         "answers": options.prompts * options.group,
+        "fixed_tokens": options.fixed_tokens,
         "seconds": medians,
         "tokens_per_answer": {name: statistics.mean(each) for name, each in lengths.items()},
         "times_faster": best / mine,
