@@ -14,6 +14,8 @@ OUTCOME, TEACHERS, BOTH = "outcome reward alone", "MOPD without outcome reward",
 ARMS = (OUTCOME, TEACHERS, BOTH)
 # The share of the way from the base to the teachers at which a student counts as having reached them.
 REACHED = 0.95
+# Answers to one prompt where outcomes are all there is: with the student's two, most groups are of equal rewards.
+OUTCOME_GROUP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class Figure6:
 def measure_figure6(story: Story, *, seeds: Sequence[int], outcome_steps: int) -> Figure6:
     """Make what is missing. Outcomes alone run for `outcome_steps`, the other arms as the student's recipe says.
 
-    Outcomes alone learn with the teachers' recipe, whose learning rate was found for that, on the student's prompts.
+    Outcomes alone learn with the teachers' recipe, whose learning rate was found for that, from as many answers a step
+    as the student, in groups of OUTCOME_GROUP.
     """
     reference = [story.teacher(domain).curve for domain in DOMAINS]
     teachers = statistics.mean(curve[-1].scores[d] for d, curve in zip(DOMAINS, reference, strict=True))
@@ -103,12 +106,13 @@ def _curve(story: Story, name: str, seed: int, outcome_steps: int) -> tuple[Curv
     if name == TEACHERS:
         recipe = replace(student, loss=replace(student.loss, outcome_weight=0.0))
         return story.policy(f"teachers-alone-{seed}", recipe, every=STUDENT_EVERY).curve
+    answers = student.rollout.prompts * student.rollout.group_size
     recipe = replace(
         story.recipe.teacher,
         algorithm=Algorithm.GRPO,
         model=student.model,
         sources=student.sources,
-        rollout=student.rollout,
+        rollout=replace(student.rollout, prompts=max(1, answers // OUTCOME_GROUP), group_size=OUTCOME_GROUP),
         seed=seed,
         steps=outcome_steps,
         token_budget=0,
