@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openmimo.config.rl import RLRecipe
-from openmimo.engine import Completion, PartialAnswer, SamplingParams, StreamEvent
+from openmimo.engine import Completion, PartialAnswer, SamplingParams
 from openmimo.errors import TrainingError
 from openmimo.rl.records import part_from, part_state, prompt_name, trajectory_from, trajectory_state
 from openmimo.rl.scheduler import PromptScheduler
@@ -33,7 +33,7 @@ class Sampler(Protocol):
         parts: Sequence[PartialAnswer] | None = None,
     ) -> int: ...
 
-    def step(self) -> list[StreamEvent]: ...
+    def step_to_completions(self) -> list[tuple[int, Completion]]: ...
 
     def abort(self, request_id: int) -> None: ...
 
@@ -174,15 +174,13 @@ class RolloutWorker:
     def _advance(self) -> list[Group]:
         """One step of the sampler; the groups that it finished, graded."""
         finished: list[Group] = []
-        for event in self.sampler.step():
-            if event.completion is None:
-                continue
-            flight = self._flights.get(event.request_id)
+        for request_id, completion in self.sampler.step_to_completions():
+            flight = self._flights.get(request_id)
             if flight is None:
                 continue  # of somebody else who uses the same engine
-            self._land(flight, event.completion)
+            self._land(flight, completion)
             if len(flight.done) == self.recipe.rollout.group_size:
-                del self._flights[event.request_id]
+                del self._flights[request_id]
                 group = tuple(self.grade([flight.done[choice] for choice in sorted(flight.done)]))
                 self.scheduler.record(group)
                 finished.append(group)

@@ -216,6 +216,25 @@ def test_requests_step_by_step_beside_each_other() -> None:
     assert engine.step() == []
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 6])
+def test_steps_without_pieces_finish_every_answer_once(max_tokens: int) -> None:
+    """Catches an answer that is told twice because one step gave it two emissions: a known text's first token, then
+    the next."""
+    engine, _ = make(1, num_rows=4)
+    prompts = [*prompts_of(70, 70, 9)] * 2  # the second time from the prefix cache
+    params = SamplingParams(max_tokens=max_tokens, n=3, ignore_eos=True, temperature=1.0, seed=5)
+    other, _ = make(1, num_rows=4)
+    expected = [one for prompt in prompts for one in other.generate([prompt], params)]
+    done: list[tuple[int, int, tuple[int, ...]]] = []
+    for part in (prompts[:3], prompts[3:]):
+        for prompt in part:
+            engine.add_request(prompt, params)
+        while engine.has_work:
+            done += [(number, one.choice, tuple(one.token_ids)) for number, one in engine.step_to_completions()]
+    assert len(done) == len({(number, choice) for number, choice, _ in done})
+    assert [ids for _, _, ids in sorted(done)] == [tuple(one.token_ids) for one in expected]
+
+
 def test_aborting_choices_at_any_moment_frees_everything() -> None:
     """Catches pages held by choices that never started."""
     (prompt,) = prompts_of(70)
