@@ -17,9 +17,8 @@ from openmimo.rl.trajectory import Trajectory
 
 # Rows are a multiple of this long, so that products come in few sizes.
 ROW_MULTIPLE = 64
-MIN_ROW = 256
-# Rows of answers that share their prompts: room for the answers beside it.
-MIN_SHARED_ROW = 512
+# Lengths of rows, unless an answer needs more: the first where prompts are not shared, else what leaves least empty.
+ROW_LENGTHS = (256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +117,10 @@ def pack(
         )
     longest = max(trajectories[index].num_inputs for index in indices)
     units = list(_share(trajectories, indices, num_heads + 1)) if share_prompts else [_Unit((i,), 0) for i in indices]
-    least = MIN_SHARED_ROW if any(unit.shared for unit in units) else MIN_ROW
-    width = max(least, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)
-    rows = _fill_rows(trajectories, units, width)
+    needed = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+    widths = sorted({max(length, needed) for length in (ROW_LENGTHS if share_prompts else ROW_LENGTHS[:1])})
+    filled = [(width, _fill_rows(trajectories, units, width)) for width in widths]
+    width, rows = min(filled, key=lambda each: each[0] * len(each[1]))
     per_batch = max(1, max_tokens // width)
     return [
         _micro_batch(trajectories, rows[first : first + per_batch], width, num_experts)
