@@ -92,7 +92,7 @@ def measure_table7(story: Story, *, seeds: Sequence[int], num_problems: int, bas
     if baselines:
         budget = round(statistics.mean(run.sampled_tokens for run in mopd))
         ways: dict[str, Callable[[int], tuple[Path, int]]] = {
-            "mixed SFT on teachers' answers": lambda seed: _imitated(story, seed, budget),
+            "SFT on teachers' right answers": lambda seed: _imitated(story, seed, budget),
             "mixed RL": lambda seed: _outcome(students.mixed_rl(story, seed, budget)),
             "sequential RL": lambda seed: _sequential(story, seed, budget),
         }
