@@ -83,7 +83,9 @@ def plot_table7(table: Table7, path: Path) -> None:
         axes.bar(x, heights, width, yerr=errors, label=name)
     axes.set_xticks(range(len(DOMAINS)), DOMAINS)
     axes.set_ylabel("right answers (%)")
-    axes.legend(fontsize=8)
+    axes.set_ylim(0, 140)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(fontsize=8, ncols=3, loc="upper center")
     drawing.savefig(path, dpi=120)
 
 
