@@ -242,7 +242,8 @@ def grpo_rows() -> Rows:
         figure = f"{ours:.2f} s, TRL {ours * found['times_faster']:.2f} s ({found['times_faster']:.1f}x)"
         length = found["tokens_per_answer"]["openmimo"]
         label = f"GRPO step, {found['answers']} answers of {length:.0f} tokens"
-        rows.append((label, "`python benchmarks/grpo_step.py`", figure))
+        fixed = f" --fixed-tokens {found['fixed_tokens']}" if found["fixed_tokens"] else ""
+        rows.append((label, f"`python benchmarks/grpo_step.py{fixed}`", figure))
     return rows
 
 
