@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openmimo.cli.bench import WeightsChoice, parse_numbers, parse_words
-from openmimo.cli.reproduce_speed import PlotOption, WeightsOption
+from openmimo.cli.bench import parse_numbers, parse_words
+from openmimo.cli.reproduce_speed import PlotOption
 
 if TYPE_CHECKING:
     from openmimo.reproduce.story import Story
@@ -22,6 +23,15 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Recipe overrides: base.KEY=, teacher.KEY= or student.KEY=")
 ]
 RUNS = Path("runs/story")
+
+
+class SamplerWeights(StrEnum):
+    """What a rollout's sampler may compute with."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 def table7_command(
@@ -89,7 +99,9 @@ def r3_command(
     steps: Annotated[int, typer.Option(min=0, help="Steps of learning; 0 measures the mismatch alone.")] = 60,
     learning_rate: Annotated[float, typer.Option(help="Of the runs that learn.")] = 1e-3,
     minibatches: Annotated[int, typer.Option(min=1, help="Updates per step of the runs that learn.")] = 4,
-    weights: WeightsOption = WeightsChoice.INT8,
+    weights: Annotated[
+        SamplerWeights, typer.Option(help="Of the sampler in the runs that learn.")
+    ] = SamplerWeights.INT8,
     plot: PlotOption = True,
 ) -> None:
     """R3: trainer against sampler with and without replayed experts, and learning with and without them."""

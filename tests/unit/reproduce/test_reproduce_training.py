@@ -278,7 +278,7 @@ def test_the_commands_print_a_table_and_a_json_line_and_draw(folder: Path, name:
         "table7": ["--seeds", "0", "--num", "2", "--no-baselines"],
         "figure6": ["--seeds", "0", "--outcome-steps", "2"],
         "seesaw": [],
-        "r3": ["--precisions", "int8", "--seeds", "0", "--steps", "1"],
+        "r3": ["--precisions", "int8", "--seeds", "0", "--steps", "1", "--weights", "int4"],
         "numzeros": ["--steps", "21"],
     }[name]
     done = CliRunner().invoke(
