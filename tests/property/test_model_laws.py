@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig
 from openmimo.model import Cache, MiMoModel
-from openmimo.model.attention import branch_biases, visible_keys
+from openmimo.model.masks import branch_biases, visible_keys
 
 VOCABULARY, STEP_TOKENS = 20, 4
 

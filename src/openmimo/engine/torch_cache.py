@@ -17,7 +17,8 @@ from torch import Tensor
 from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.engine.runner import PAGE_TOKENS, Int32
 from openmimo.model import MiMoModel
-from openmimo.model.attention import AttentionPlan, attend, with_sink_columns
+from openmimo.model.attention import AttentionPlan, attend
+from openmimo.model.masks import with_sink_columns
 from openmimo.model.ordered import OrderedKeys, order_keys
 from openmimo.model.rope import rotary_tables
 

@@ -6,7 +6,6 @@ C tokens per block of the windowed form, N number of blocks, L keys that one blo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +19,20 @@ from openmimo.errors import ShapeError
 from openmimo.kernels import training as kernels
 from openmimo.model.cache import Cache, LayerCache
 from openmimo.model.linear import Linear
+from openmimo.model.masks import (
+    SINK_COLUMNS,
+    additive_mask,
+    branch_biases,
+    causal_biases,
+    visible_keys,
+    window_bias,
+    with_sink_columns,
+)
 from openmimo.model.ordered import PackedDocuments, order_keys
 from openmimo.model.rope import rotary_tables, rotate
 
-# The sink's key is padded to a multiple that matrix products like; the other columns are masked.
-SINK_COLUMNS = 8
 # Scores computed at once, in elements.
 SLICE_SCORES = 1 << 23
-# Packed global layers run this many queries at a time, each block against the keys up to its own end.
-ROW_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -278,117 +282,6 @@ def _fused_causal(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, groups: int) -
     return out_BHTV[..., :value_dim]
 
 
-def window_bias(document_ids_BT: Tensor, window_keys: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """The additive mask of `attend_window`, one tile per block, shared by all sliding layers.
-
-    A key is visible when it lies in the same document, at or before the query, fewer than `window_keys` back.
-    Documents are compared by id *and* row, so equal ids in two rows stay apart.
-    Shapes: -> (N, C, L) and the block size C.   Cost: O(B*T*L) bytes once per batch.
-    """
-    batch, num_tokens = document_ids_BT.shape
-    block = min(64, max(8, 1 << (window_keys - 1).bit_length()))
-    num_back = math.ceil((window_keys - 1) / block)
-    device = document_ids_BT.device
-    rows_B1 = torch.arange(batch, device=device)[:, None]
-    # Distinct id per (row, document), however large; padding keeps its own so that every query sees at least itself.
-    flat = ((document_ids_BT.to(torch.int64) + 1) * batch + rows_B1).flatten()
-    num_blocks = math.ceil(batch * num_tokens / block)
-    flat = F.pad(flat, (num_back * block, num_blocks * block - batch * num_tokens), value=-1)
-    ids = flat.unflatten(0, (num_blocks + num_back, block))
-    key_ids_NL = torch.cat([ids[i : i + num_blocks] for i in range(num_back + 1)], dim=1)
-    query_ids_NC = ids[num_back:]
-    query_offset_C1 = torch.arange(block, device=device)[:, None] + num_back * block
-    distance_CL = query_offset_C1 - torch.arange((num_back + 1) * block, device=device)[None, :]
-    in_window_CL = (distance_CL >= 0) & (distance_CL < window_keys)
-    visible_NCL = (query_ids_NC[:, :, None] == key_ids_NL[:, None, :]) & in_window_CL
-    return _additive(visible_NCL, dtype), block
-
-
-def causal_biases(document_ids_BT: Tensor, dtype: torch.dtype, *, sink: bool) -> tuple[Tensor, ...]:
-    """The additive masks of global layers on packed rows: same document, at or before the query.
-
-    Shapes: one (B, C, end of the block) per block of up to ROW_BLOCK queries, plus the sink's columns.
-    """
-    num_tokens = document_ids_BT.shape[1]
-    positions_T = torch.arange(num_tokens, device=document_ids_BT.device)
-    biases: list[Tensor] = []
-    for start in range(0, num_tokens, ROW_BLOCK):
-        end = min(start + ROW_BLOCK, num_tokens)
-        same_BCS = document_ids_BT[:, start:end, None] == document_ids_BT[:, None, :end]
-        bias_BCS = _additive(same_BCS & (positions_T[start:end, None] >= positions_T[:end]), dtype)
-        biases.append(with_sink_columns(bias_BCS) if sink else bias_BCS)
-    return tuple(biases)
-
-
-def branch_biases(
-    document_ids_BT: Tensor,
-    branch_ids_BT: Tensor,
-    position_ids_BT: Tensor,
-    window_keys: int | None,
-    dtype: torch.dtype,
-    *,
-    sink: bool,
-) -> tuple[Tensor, ...]:
-    """`causal_biases` for documents that branch: a query sees its own branch and branch 0, the documents' beginning.
-
-    Distances are those of positions, for branches lie one behind the other. The readable twin of `visible_keys`.
-    """
-    num_tokens = document_ids_BT.shape[1]
-    biases: list[Tensor] = []
-    for start in range(0, num_tokens, ROW_BLOCK):
-        end = min(start + ROW_BLOCK, num_tokens)
-        keys_B1S, queries_BC1 = (slice(None), None, slice(0, end)), (slice(None), slice(start, end), None)
-        distance_BCS = position_ids_BT[queries_BC1] - position_ids_BT[keys_B1S]
-        visible_BCS = (document_ids_BT[queries_BC1] == document_ids_BT[keys_B1S]) & (distance_BCS >= 0)
-        visible_BCS &= (branch_ids_BT[keys_B1S] == 0) | (branch_ids_BT[queries_BC1] == branch_ids_BT[keys_B1S])
-        if window_keys is not None:
-            visible_BCS &= distance_BCS < window_keys
-        bias_BCS = _additive(visible_BCS, dtype)
-        biases.append(with_sink_columns(bias_BCS) if sink else bias_BCS)
-    return tuple(biases)
-
-
-def visible_keys(
-    document_ids_BT: Tensor, branch_ids_BT: Tensor | None, window_keys: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """The first key that each query sees, and the hole between it and the query. Shapes: -> (B, T), (B, T, 2), int32.
-
-    A document is a run of equal ids within a row; it may branch (`MiMoModel.forward`). The hole of a query in a later
-    branch is what lies between the shared beginning and its branch. Without branches there are no holes.
-    """
-    places_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
-
-    def last(marks_BT: Tensor) -> Tensor:
-        """The last marked place at or before each."""
-        return torch.where(marks_BT, places_T, 0).cummax(dim=1).values
-
-    begins_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
-    start_BT = last(begins_BT)
-    if branch_ids_BT is None:
-        if window_keys is not None:
-            start_BT = torch.maximum(start_BT, places_T - window_keys + 1)
-        return start_BT.to(torch.int32), None
-    changes_BT = F.pad(branch_ids_BT[:, 1:] != branch_ids_BT[:, :-1], (1, 0), value=True) | begins_BT
-    branch_BT = last(changes_BT)
-    ends_shared_BT = changes_BT & F.pad(branch_ids_BT[:, :-1] == 0, (1, 0)) & ~begins_BT
-    shared_end_BT = torch.where(branch_ids_BT == 0, branch_BT, last(ends_shared_BT))
-    first_BT = torch.where(branch_ids_BT == 0, branch_BT, start_BT)
-    if window_keys is not None:
-        # What the window has room for beyond the branch's own keys lies at the end of the shared ones.
-        beyond_BT = window_keys - (places_T - branch_BT + 1)
-        in_branch_BT = torch.maximum(branch_BT, places_T - window_keys + 1)
-        first_BT = torch.where(beyond_BT > 0, torch.maximum(first_BT, shared_end_BT - beyond_BT), in_branch_BT)
-        first_BT = torch.where(branch_ids_BT == 0, in_branch_BT, first_BT)
-    inside_BT = first_BT < shared_end_BT
-    hole_BT2 = torch.stack([shared_end_BT, branch_BT], dim=2) * inside_BT[:, :, None]
-    return first_BT.to(torch.int32), hole_BT2.to(torch.int32)
-
-
-def with_sink_columns(bias: Tensor) -> Tensor:
-    """Append the sink's column (visible) and its padding (masked) to an additive mask."""
-    return F.pad(F.pad(bias, (0, 1)), (0, SINK_COLUMNS - 1), value=float("-inf"))
-
-
 def make_plans(
     config: ModelConfig,
     position_ids_BT: Tensor,
@@ -454,7 +347,7 @@ def make_cached_plans(
         visible_BTS = (distance_BTS >= 0) & (key_positions_BS[:, None, :] >= 0)
         if geometry.window_keys is not None:
             visible_BTS &= distance_BTS < geometry.window_keys
-        bias = _additive(visible_BTS, dtype)
+        bias = additive_mask(visible_BTS, dtype)
         plans[kind] = AttentionPlan(kind, cos, sin, with_sink_columns(bias) if geometry.sink else bias, cached=True)
     return plans
 
@@ -462,10 +355,6 @@ def make_cached_plans(
 def _stack_groups(q_BTHK: Tensor, groups: int) -> Tensor:
     """The R query heads that share keys become rows of one larger product: (B, T, G*R, K) -> (B, G, R*T, K)."""
     return q_BTHK.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def _heads_per_group(q_BTHK: Tensor, k_BSGK: Tensor) -> int:
