@@ -178,7 +178,7 @@ class Engine:
         return [self._event(emission) for emission in self._step(None)]
 
     def step_to_completions(self) -> list[tuple[int, Completion]]:
-        """`step` for those who do not stream: the answers that it finished, with their requests, and no pieces of text."""
+        """`step` for those who do not stream: the answers that it finished, with their requests, no pieces of text."""
         return [
             (sequence.request_id, sequence.complete())
             for sequence, end, *_ in self._step(None)
