@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -64,17 +64,15 @@ def sequential_rl(story: Story, seed: int, token_budget: int) -> list[FinishedRu
     return runs
 
 
-def imitation(story: Story, seed: int, token_budget: int) -> FinishedRun:
-    """Fine-tuning on the teachers' right answers; all that they wrote counts as sampled."""
-    teachers = models_mark(story.teacher(domain).model for domain in DOMAINS)
-    path = story.folder / f"answers-{seed}-{token_budget}-{teachers[:12]}.jsonl"
-    if not path.is_file():
-        _write_answers(story, path, seed, token_budget)
+def imitation(story: Story, seed: int, token_budget: int, *, only_right: bool) -> FinishedRun:
+    """Fine-tuning on what the teachers wrote, or on their right answers; all that they wrote counts as sampled."""
+    name = f"imitation-{'right' if only_right else 'all'}-{seed}"
+    path = _answers_file(story, seed, token_budget, only_right=only_right)
     base = story.recipe.base
     num_targets = sum(json.loads(line)["num_tokens"] for line in path.read_text().splitlines())
     per_step = base.data.sequence_length * base.data.batch_sequences // 2
     recipe = TrainRecipe(
-        name="imitation",
+        name=name,
         seed=seed,
         model=ModelRecipe(folder=str(story.base().model)),
         tokenizer=replace(base.tokenizer, path=str(story.base().model), vocab_size=0),
@@ -93,7 +91,7 @@ def imitation(story: Story, seed: int, token_budget: int) -> FinishedRun:
         precision=base.precision,
         threads=base.threads,
     )
-    return story.trained(f"imitation-{seed}", recipe)
+    return story.trained(name, recipe)
 
 
 def _combined(story: Story, name: str, scale: float) -> Path:
@@ -113,19 +111,29 @@ def _combined(story: Story, name: str, scale: float) -> Path:
     return folder
 
 
-def _write_answers(story: Story, path: Path, seed: int, token_budget: int) -> None:
-    """Right answers of each teacher in its domain, out of as many as the budget allows."""
-    share = token_budget // len(DOMAINS)
-    lines: list[str] = []
-    for domain in DOMAINS:
-        sampled = 0
-        for answer in _answers(story, domain, seed):
-            sampled += answer["num_tokens"]
-            if answer.pop("right"):
-                lines.append(json.dumps(answer) + "\n")
-            if sampled >= share:
-                break
-    path.write_text("".join(lines))
+def _answers_file(story: Story, seed: int, token_budget: int, *, only_right: bool) -> Path:
+    """Answers of each teacher in its domain, as many as the budget allows; of these all, or the right ones."""
+    teachers = models_mark(story.teacher(domain).model for domain in DOMAINS)
+    mark = f"{seed}-{token_budget}-{teachers[:12]}"
+    everything, right = story.folder / f"answers-all-{mark}.jsonl", story.folder / f"answers-right-{mark}.jsonl"
+    if not right.is_file():
+        answers = [answer for domain in DOMAINS for answer in _drawn(story, domain, seed, token_budget // len(DOMAINS))]
+        _write_lines(everything, answers)
+        _write_lines(right, [answer for answer in answers if answer["right"]])
+    return right if only_right else everything
+
+
+def _drawn(story: Story, domain: str, seed: int, num_tokens: int) -> Iterator[dict[str, Any]]:
+    sampled = 0
+    for answer in _answers(story, domain, seed):
+        yield answer
+        sampled += answer["num_tokens"]
+        if sampled >= num_tokens:
+            return
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _answers(story: Story, domain: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -92,7 +92,8 @@ def measure_table7(story: Story, *, seeds: Sequence[int], num_problems: int, bas
     if baselines:
         budget = round(statistics.mean(run.sampled_tokens for run in mopd))
         ways: dict[str, Callable[[int], tuple[Path, int]]] = {
-            "SFT on teachers' right answers": lambda seed: _imitated(story, seed, budget),
+            "SFT on teachers' answers": lambda seed: _imitated(story, seed, budget, only_right=False),
+            "SFT on their right answers": lambda seed: _imitated(story, seed, budget, only_right=True),
             "mixed RL": lambda seed: _outcome(students.mixed_rl(story, seed, budget)),
             "sequential RL": lambda seed: _sequential(story, seed, budget),
         }
@@ -158,8 +159,8 @@ def _outcome(run: FinishedRun) -> tuple[Path, int]:
     return run.model, run.sampled_tokens
 
 
-def _imitated(story: Story, seed: int, budget: int) -> tuple[Path, int]:
-    return students.imitation(story, seed, budget).model, budget
+def _imitated(story: Story, seed: int, budget: int, *, only_right: bool) -> tuple[Path, int]:
+    return students.imitation(story, seed, budget, only_right=only_right).model, budget
 
 
 def _sequential(story: Story, seed: int, budget: int) -> tuple[Path, int]:

@@ -137,8 +137,9 @@ def test_merged_weights_are_the_base_and_the_teachers_differences(
         assert not torch.equal(value, base[key])
 
 
-def test_imitation_counts_wrong_answers_and_learns_from_right_ones(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("only_right", "kept"), [(False, (0, 1, 2, 3, 4)), (True, (0, 3))])
+def test_imitation_counts_all_answers_and_learns_from_those_asked_for(
+    folder: Path, only_right: bool, kept: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a budget of right answers only, one that a domain overdraws, and an answer kept although it is wrong."""
     made, _ = short_story(folder)
@@ -148,9 +149,9 @@ def test_imitation_counts_wrong_answers_and_learns_from_right_ones(
             yield {"messages": [domain, index], "num_tokens": 10, "right": index % 3 == 0}
 
     monkeypatch.setattr(students, "_answers", answers)
-    students._write_answers(made, folder / "answers.jsonl", seed=0, token_budget=150)  # pyright: ignore[reportPrivateUsage]
-    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert lines == [{"messages": [domain, index], "num_tokens": 10} for domain in DOMAINS for index in (0, 3)]
+    path = students._answers_file(made, 0, 150, only_right=only_right)  # pyright: ignore[reportPrivateUsage]
+    told = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    assert told == [[domain, index] for domain in DOMAINS for index in kept]
 
 
 def test_a_teacher_writes_until_it_is_told_to_stop(folder: Path) -> None:
@@ -166,16 +167,16 @@ def test_table7_has_every_way_with_its_tokens(folder: Path, monkeypatch: pytest.
     that is computed from the wrong column."""
     made, _ = short_story(folder)
 
-    def answers(self: object, path: Path, seed: int, budget: int) -> None:
+    def answers(_: Story, domain: str, seed: int) -> Iterator[dict[str, Any]]:
         """An untrained teacher has no right answers to imitate."""
         turns = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "answer: 2"}]
-        path.write_text((json.dumps({"messages": turns, "num_tokens": 8}) + "\n") * 40)
+        return ({"messages": turns, "num_tokens": 8, "right": index % 2 == 0} for index in count())
 
-    monkeypatch.setattr(students, "_write_answers", answers)
+    monkeypatch.setattr(students, "_answers", answers)
     table = measure_table7(made, seeds=[0, 1], num_problems=3, baselines=True)
     names = [student.name for student in table.students]
     assert names[0] == MOPD
-    assert len(names) == 7
+    assert len(names) == 8
     assert len(table.mopd.by_seed) == 2
     teachers = sum(made.teacher(domain).sampled_tokens for domain in DOMAINS)
     by_name = {student.name: student for student in table.students}
