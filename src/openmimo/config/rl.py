@@ -168,7 +168,8 @@ class RLRecipe:
     samples, grades and, with `minibatches` above 1, updates that many times, each time on its part of the answers. The
     learning rate rises for `warmup_steps` to `optimizer.peak_lr`, then moves linearly, over the steps or the budget, to
     `optimizer.final_lr`. `micro_batch_tokens` go through the model at once. `warn_teacher_kl` is the divergence from a
-    teacher, in nats per token at step 0, above which the teacher is reported as not of the same origin.
+    teacher, in nats per token at step 0, above which the teacher is reported as not of the same origin. `recompute` is
+    that of a `TrainRecipe`.
     """
 
     name: str
@@ -191,6 +192,7 @@ class RLRecipe:
     checkpoint: CheckpointRecipe = field(default_factory=lambda: CheckpointRecipe(every_steps=50, keep=2))
     log: LogRecipe = field(default_factory=lambda: LogRecipe(every_steps=1))
     precision: Precision = Precision.AUTO
+    recompute: bool = False
     device: str = "auto"
     threads: int = 0
 

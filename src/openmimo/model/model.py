@@ -6,10 +6,12 @@ Suffixes: B batch, T tokens, D hidden, V vocabulary, L sparse layers, k chosen e
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.errors import ShapeError
@@ -62,7 +64,12 @@ class ModelOutput:
 
 
 class MiMoModel(HasInvariantForm, nn.Module):
-    """MiMo-V2-Flash on one device. Parameters keep Hub names, with q/k/v, gate/up and experts stacked."""
+    """MiMo-V2-Flash on one device. Parameters keep Hub names, with q/k/v, gate/up and experts stacked.
+
+    With `recompute`, a layer or head keeps only its input for the backward pass, which runs its forward pass again.
+    """
+
+    recompute: bool = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,7 +109,8 @@ class MiMoModel(HasInvariantForm, nn.Module):
             sparse = self.config.layer_is_moe[index]
             replay = routed_experts_BTLk[:, :, len(routing)] if sparse and routed_experts_BTLk is not None else None
             layer_cache = None if cache is None else cache.layers[index]
-            x_BTD, decided = layer(x_BTD, plans[self.config.layer_kinds[index]], layer_cache, replay)
+            plan = plans[self.config.layer_kinds[index]]
+            x_BTD, decided = self._run(layer, x_BTD, plan, layer_cache, replay)
             if decided is not None:
                 routing.append(decided)
         return ModelOutput(self, input_ids_BT, x_BTD, tuple(routing), plans)
@@ -112,7 +120,7 @@ class MiMoModel(HasInvariantForm, nn.Module):
     ) -> Tensor:
         """MTP head `head` on hidden states h_i and the tokens i + 1 + head. Shapes: -> (B, T, D) for `lm_head`."""
         layer_cache = None if cache is None else cache.mtp_heads[head]
-        return self.mtp_heads[head](hidden_BTD, self.embed_tokens(next_ids_BT), plan, layer_cache)
+        return self._run(self.mtp_heads[head], hidden_BTD, self.embed_tokens(next_ids_BT), plan, layer_cache)
 
     def set_invariant(self, invariant: bool = True) -> MiMoModel:
         """Choose whether a token's bits depend on its context alone, not on batch, packing, chunks, caches or drafts.
@@ -129,6 +137,11 @@ class MiMoModel(HasInvariantForm, nn.Module):
     def routers(self) -> list[Router]:
         """The routers in layer order."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws numbers
+        return layer(*inputs)
 
     def _plans(
         self,

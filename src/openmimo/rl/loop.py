@@ -90,6 +90,7 @@ class PolicyRun:
         template = ChatTemplate(self.tokenizer)
         self.model = cast_model(load_model(start), self.dtype).to(self.device)
         self.model.set_invariant(exact)
+        self.model.recompute = recipe.recompute
         self.optimizer = MasterAdamW.from_recipe(self.model, recipe.optimizer)
         self.teachers = Teachers(recipe.teachers, start=start, dtype=self.dtype, device=self.device)
         self.scheduler = PromptScheduler(recipe, lambda text: template.render([{"role": "user", "content": text}]))

@@ -95,6 +95,7 @@ class _Run:
             device=self.device,
             saved_heads=None if saved is None else saved[2],
         )
+        self.model.recompute = recipe.recompute
         self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer)
         if saved is not None:
             self.progress = saved[0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_oracle import random_model, random_tokens, small_config
 
+from openmimo.model import cast_model
 from openmimo.model.block import RMSNorm
 
 
@@ -59,3 +60,37 @@ def test_every_parameter_gets_a_gradient_that_predicts_the_change_of_the_loss() 
             for p in chosen:
                 p += step * p.grad / length
         assert float((high - low) / (2 * step)) == pytest.approx(float(length), rel=0.02), part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_layers_give_the_same_gradients_and_keep_less(dtype: torch.dtype) -> None:
+    """Catches a layer or head that is not recomputed, and a second pass with other masks, routes or losses."""
+    model = cast_model(random_model(small_config()), dtype)
+    tokens_BT = random_tokens(model.config, 2, 24)
+    documents_BT = torch.arange(24).expand(2, -1).div(9, rounding_mode="floor").to(torch.int32)
+    routes = model(tokens_BT).routed_experts.flip(-1)
+    grads: list[list[torch.Tensor]] = []
+    kept: list[int] = []
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        storages: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages.setdefault(storage.data_ptr(), 0 if storage.data_ptr() in weights else storage.nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model(tokens_BT, document_ids_BT=documents_BT, routed_experts_BTLk=routes)
+            hidden = [output.hidden_BTD, *(output.mtp_hidden(head) for head in range(3))]
+        kept.append(sum(storages.values()))
+        balance = sum(layer.balance_loss for layer in output.routing)
+        (sum(each.float().square().mean() for each in hidden) + 0.1 * balance).backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(grads[0]) > 20
+    for plain, again in zip(*grads, strict=True):
+        assert torch.equal(plain, again)
+    # What is outside of layers and heads; their inputs, which recomputation keeps, are not saved by an operation.
+    assert kept[1] < kept[0] / 10
