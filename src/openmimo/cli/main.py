@@ -23,6 +23,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "convert": ("openmimo.cli.convert", "convert_command"),
     "bench": ("openmimo.cli.bench", "bench_command"),
     "reproduce": ("openmimo.cli.reproduce", "reproduce_app"),
+    "plan": ("openmimo.cli.plan", "plan_command"),
     "doctor": ("openmimo.cli.doctor", "doctor_command"),
 }
 

@@ -135,6 +135,38 @@ def kv_cache_bytes(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightReads:
+    """Bytes of matrices that one step reads: what every token uses, and the chosen experts."""
+
+    shared: float
+    experts: float
+
+
+def step_weight_reads(
+    config: ModelConfig, num_tokens: int, *, weight_bits: float = 16, mtp_heads: int = 0
+) -> WeightReads:
+    """Matrices that a step of `num_tokens` tokens reads, each once, and what `mtp_heads` heads read after it.
+
+    Tokens choose experts as if at random, so a layer reads E (1 - (1 - k/E)^N) of them. Matrices have `weight_bits` per
+    entry, scales included; the router is fp32; the few embedding rows and vectors are left out. A head needs the token
+    that the head before it drew, so each reads the output head anew.
+    """
+    if num_tokens < 1:
+        raise ConfigError(f"num_tokens={num_tokens} must be at least 1")
+    shared = mtp_heads * config.vocab_size * config.hidden_size * weight_bits / 8
+    experts = 0.0
+    for part in _parts(config, _heads(config, mtp_heads)):
+        if not part.matmul or not part.entries:
+            continue
+        num_bytes = part.entries * (32 if part.storage == "fp32" else weight_bits) / 8
+        if part.component == "experts":
+            experts += num_bytes * (1 - (1 - part.active / part.entries) ** num_tokens)
+        else:
+            shared += num_bytes
+    return WeightReads(shared=shared, experts=experts)
+
+
 def decode_step_bytes(
     config: ModelConfig,
     *,
@@ -143,20 +175,12 @@ def decode_step_bytes(
     weight_bits: float = 16,
     cache_bytes_per_value: int = 2,
 ) -> int:
-    """Bytes that one decoding step must read: weights once for all sequences, and every sequence's keys and values.
-
-    Sequences choose experts as if at random, so a layer reads E (1 - (1 - k/E)^B) of them. Matrices have `weight_bits`
-    per entry, scales included; the router is fp32; the few embedding rows and vectors are left out.
-    """
+    """Bytes that one decoding step must read: weights once for all sequences, and every sequence's keys and values."""
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} must be at least 1")
-    weights = 0.0
-    for part in _parts(config, 0):
-        unused = (1 - part.active / part.entries) ** batch_size if part.entries else 0.0
-        bits = 32 if part.storage == "fp32" else weight_bits
-        weights += part.entries * (1 - unused) * bits / 8 if part.matmul else 0
+    reads = step_weight_reads(config, batch_size, weight_bits=weight_bits)
     caches = batch_size * kv_cache_bytes(config, context_tokens, cache_bytes_per_value).total
-    return round(weights) + caches
+    return round(reads.shared + reads.experts) + caches
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
