@@ -1,11 +1,16 @@
-"""`openmimo eval`: accuracy and draft acceptance per domain."""
+"""`openmimo eval`: accuracy and draft acceptance per domain, and retrieval by length."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from openmimo.cli.bench import parse_numbers, parse_words
 from openmimo.cli.engine_options import Activations, CacheFormat, DraftHeads, ModelFolder, RunnerName, Verify, Weights
 
 if TYPE_CHECKING:
@@ -13,14 +18,25 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from openmimo.engine import Engine
     from openmimo.evals import DomainReport
+
+
+class What(str, Enum):
+    """What is asked."""
+
+    DOMAINS = "domains"
+    RETRIEVAL = "retrieval"
 
 
 def eval_command(
     model: ModelFolder,
+    what: Annotated[
+        What, typer.Argument(help="domains: problems of each; retrieval: facts in texts of growing length.")
+    ] = What.DOMAINS,
     domains: Annotated[str, typer.Option(help="Comma-separated domains.")] = "math,code,logic",
     level: Annotated[int, typer.Option(help="Difficulty, from 1.")] = 1,
-    num: Annotated[int, typer.Option(help="Problems per domain.")] = 200,
+    num: Annotated[int, typer.Option(help="Problems per domain, or per retrieval task and level.")] = 200,
     seed: Annotated[int, typer.Option(help="Chooses the problems.")] = 0,
     split: Annotated[str, typer.Option(help="test: problems never trained on; or train.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
@@ -32,6 +48,9 @@ def eval_command(
     runner: RunnerName = "auto",
     verify: Verify = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
+    levels: Annotated[str, typer.Option(help="Levels of retrieval; each doubles the text.")] = "1,2,3,4",
+    native_length: Annotated[int, typer.Option(min=0, help="Tokens that the model was trained with at first.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the heat map of retrieval.")] = None,
 ) -> None:
     """Answer held-out problems greedily and grade them: a table, then one JSON line."""
     from rich.console import Console
@@ -40,6 +59,10 @@ def eval_command(
     from openmimo.engine import Engine
     from openmimo.evals import evaluate_domains, reports_as_json
 
+    if plot is not None:
+        from openmimo.reproduce.plots import demand_matplotlib
+
+        demand_matplotlib()
     heads = parse_draft_heads(draft_heads)
     engine = Engine(
         model,
@@ -51,7 +74,10 @@ def eval_command(
         verify=verify,
         max_batch=max_batch,
     )
-    names = [name.strip() for name in domains.split(",") if name.strip()]
+    if what is What.RETRIEVAL:
+        _eval_retrieval(engine, parse_numbers("--levels", levels), num, seed, split, max_tokens, native_length, plot)
+        return
+    names = parse_words(domains)
     reports = evaluate_domains(
         engine, domains=names, level=level, num_problems=num, seed=seed, split=split, max_tokens=max_tokens
     )
@@ -61,6 +87,28 @@ def eval_command(
             typer.echo(printable(text))
     Console(highlight=False).print(reports_table(reports))
     typer.echo(reports_as_json(reports))
+
+
+def _eval_retrieval(
+    engine: Engine,
+    levels: tuple[int, ...],
+    num: int,
+    seed: int,
+    split: str,
+    max_tokens: int,
+    native_length: int,
+    plot: Path | None,
+) -> None:
+    from openmimo.evals.measuring import print_table
+    from openmimo.evals.retrieval import measure_retrieval, retrieval_rows
+
+    cells = measure_retrieval(engine, levels=levels, num_problems=num, seed=seed, split=split, max_tokens=max_tokens)
+    print_table(*retrieval_rows(cells, native_length))
+    if plot is not None:
+        from openmimo.reproduce.plots import plot_retrieval
+
+        plot_retrieval(cells, plot, native_length)
+    typer.echo(json.dumps({"retrieval": [asdict(cell) for cell in cells], "native_length": native_length}))
 
 
 def reports_table(reports: Mapping[str, DomainReport]) -> Table:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from openmimo.errors import RequestError
+from openmimo.evals.retrieval import RetrievalCell, prompt_lengths, retrieval_grid
 from openmimo.reproduce.acceptance_curve import REPORT_CURVE
 from openmimo.reproduce.figure6 import Figure6
 from openmimo.reproduce.figure7 import Figure7
@@ -174,6 +175,22 @@ def plot_numzeros(report: ZerosReport, path: Path) -> None:
         axes.set_xlabel("step")
         axes.legend()
     right.set_yscale("log")
+    drawing.savefig(path, dpi=120)
+
+
+def plot_retrieval(cells: Sequence[RetrievalCell], path: Path, native_tokens: int = 0) -> None:
+    """A heat map: tasks down, lengths across."""
+    names, levels, shares = retrieval_grid(cells)
+    drawing, axes = _new_figure()
+    axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center")
+    lengths = prompt_lengths(cells)
+    times = [f"\n{length / native_tokens:.1f}x" if native_tokens else "" for length in lengths]
+    axes.set_xticks(range(len(levels)), [f"{n:,.0f}{x}" for n, x in zip(lengths, times, strict=True)])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("tokens of a prompt" + (", times the native length" if native_tokens else ""))
     drawing.savefig(path, dpi=120)
 
 

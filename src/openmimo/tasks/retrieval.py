@@ -1,9 +1,10 @@
-"""Retrieval: facts about people hidden in long text, and lists of pairs to look things up in."""
+"""Retrieval: facts about people and chains of values hidden in long text, and lists of pairs to look things up in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from string import ascii_lowercase
 from typing import ClassVar
 
 from openmimo.errors import TaskError
@@ -20,6 +21,36 @@ PLACES = ("by the pond", "in the barn", "near the road", "on the hill", "at the 
 def filler_sentence(rng: Random) -> str:
     """`The fox sleeps by the pond.`"""
     return f"The {pick(rng, SUBJECTS)} {pick(rng, ACTIONS)} {pick(rng, PLACES)}."
+
+
+def draw_keys(rng: Random, count: int) -> list[str]:
+    """Different words of three letters. Faster than `draw`, because there are so many of them."""
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys["".join(pick(rng, ascii_lowercase) for _ in range(3))] = None
+    return list(keys)
+
+
+def haystack(
+    rng: Random, facts: Sequence[str], num_characters: int, *, sentences: Sequence[str] = (), in_order: bool = False
+) -> str:
+    """The facts between filler sentences (of `sentences`, if given), in any order or as they come."""
+    room = num_characters - sum(len(fact) + 1 for fact in facts)
+    filler: list[str] = []
+    while room > 0:
+        sentence = pick(rng, sentences) if sentences else filler_sentence(rng)
+        filler.append(sentence)
+        room -= len(sentence) + 1
+    if len(filler) > 1:
+        filler.pop()
+    places = [below(rng, len(filler) + 1) for _ in facts]
+    slots: list[list[str]] = [[] for _ in range(len(filler) + 1)]
+    for fact, place in zip(facts, sorted(places) if in_order else places, strict=True):
+        slots[place].append(fact)
+    text = slots[0]
+    for sentence, slot in zip(filler, slots[1:], strict=True):
+        text += [sentence, *slot]
+    return " ".join(text)
 
 
 class Needle(Task):
@@ -44,7 +75,7 @@ class Needle(Task):
     def generate(self, rng: Random, level: int) -> Problem:
         people = draw(rng, NAMES, min(level + 3, 10))
         facts = [f"{person} has #{between(rng, 100, 999)}" for person in people]
-        text = self._haystack(rng, [f"{fact}." for fact in facts], LENGTHS[level - 1])
+        text = haystack(rng, [f"{fact}." for fact in facts], LENGTHS[level - 1], sentences=self._sentences)
         asked = draw(rng, range(len(facts)), self.num_asked)
         answer = " ".join(facts[i].partition("#")[2] for i in asked)
         key = " ".join(sorted(facts[i] for i in asked))
@@ -55,24 +86,6 @@ class Needle(Task):
             level=level,
             key=key,
         )
-
-    def _haystack(self, rng: Random, facts: list[str], num_characters: int) -> str:
-        room = num_characters - sum(len(fact) + 1 for fact in facts)
-        filler: list[str] = []
-        while room > 0:
-            sentence = pick(rng, self._sentences) if self._sentences else filler_sentence(rng)
-            filler.append(sentence)
-            room -= len(sentence) + 1
-        if len(filler) > 1:
-            filler.pop()
-        slots: list[list[str]] = [[] for _ in range(len(filler) + 1)]
-        for fact in facts:
-            slots[below(rng, len(slots))].append(fact)
-        sentences = slots[0]
-        for sentence, slot in zip(filler, slots[1:], strict=True):
-            sentences.append(sentence)
-            sentences += slot
-        return " ".join(sentences)
 
     def guesses(self, problem: Problem) -> Sequence[str]:
         """The first and the last values of the text."""
@@ -85,6 +98,77 @@ class Needles(Needle):
 
     name: ClassVar[str] = "needles"
     num_asked: ClassVar[int] = 2
+
+
+class AllNeedles(Needle):
+    """The same with four people asked for."""
+
+    name: ClassVar[str] = "needles4"
+    num_asked: ClassVar[int] = 4
+
+
+class Track(Task):
+    """Values that are passed on, `Set pqr to 47.` and later `Set xyz to pqr.`, between filler sentences.
+
+    The question names the end of one of four chains of three; the text is as long as that of `Needle`.
+    """
+
+    name: ClassVar[str] = "track"
+    domain: ClassVar[str] = "retrieval"
+    levels: ClassVar[tuple[int, ...]] = tuple(range(1, len(LENGTHS) + 1))
+    chains: ClassVar[int] = 4
+    steps: ClassVar[int] = 3
+
+    def generate(self, rng: Random, level: int) -> Problem:
+        names = draw_keys(rng, self.chains * self.steps)
+        values = [str(number) for number in draw(rng, range(10, 100), self.chains)]
+        chains = [names[start : start + self.steps] for start in range(0, len(names), self.steps)]
+        links = [list(zip(chain, [value, *chain], strict=False)) for chain, value in zip(chains, values, strict=True)]
+        # Which chain goes on next.
+        order = draw(rng, [chain for chain in range(self.chains) for _ in range(self.steps)], len(names))
+        waiting = [iter(chain) for chain in links]
+        facts = ["Set {} to {}.".format(*next(waiting[chain])) for chain in order]
+        asked = below(rng, self.chains)
+        back = [f"{name} is {source}" for name, source in reversed(links[asked])]
+        return self.problem(
+            f"read: {haystack(rng, facts, LENGTHS[level - 1], in_order=True)}\nask: {chains[asked][-1]}",
+            [f"so {', '.join(back)}"],
+            values[asked],
+            level=level,
+            key=" ".join(f"{name}={source}" for name, source in links[asked]),
+        )
+
+    def guesses(self, problem: Problem) -> Sequence[str]:
+        """The first and the last value of the text."""
+        values = [word.rstrip(".") for word in problem.prompt.split() if word.rstrip(".").isdecimal()]
+        return [values[0], values[-1]]
+
+
+class Pairs(Task):
+    """A list of pairs `pqr=47` as long as the text of `Needle`, with questions for three of them."""
+
+    name: ClassVar[str] = "pairs"
+    domain: ClassVar[str] = "retrieval"
+    levels: ClassVar[tuple[int, ...]] = tuple(range(1, len(LENGTHS) + 1))
+    num_asked: ClassVar[int] = 3
+
+    def generate(self, rng: Random, level: int) -> Problem:
+        names = draw_keys(rng, LENGTHS[level - 1] // len("pqr=47 "))
+        value = {name: str(between(rng, 10, 99)) for name in names}
+        asked = draw(rng, names, self.num_asked)
+        found = [f"{name}={value[name]}" for name in asked]
+        return self.problem(
+            f"pairs: {' '.join(f'{name}={number}' for name, number in value.items())}\nask: {', '.join(asked)}",
+            [f"so {' '.join(found)}"],
+            " ".join(value[name] for name in asked),
+            level=level,
+            key=" ".join(sorted(found)),
+        )
+
+    def guesses(self, problem: Problem) -> Sequence[str]:
+        """The first values of the list."""
+        values = [part.split()[0] for part in problem.prompt.split("=")[1:]]
+        return [" ".join(values[: self.num_asked])]
 
 
 class Recall(Task):

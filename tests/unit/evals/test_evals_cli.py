@@ -19,6 +19,7 @@ from openmimo.config.model import ModelConfig, preset
 from openmimo.engine import Engine, SamplingParams
 from openmimo.errors import CheckpointError, RequestError
 from openmimo.evals.accuracy import chat_renderer
+from openmimo.evals.retrieval import LONG_TASKS
 from openmimo.model import build_model
 from openmimo.text import train_tokenizer
 
@@ -99,3 +100,17 @@ def test_verify_finds_a_flipped_bit(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=weights.name):
         invoke(generate_command, *options, "--verify")
     assert invoke(generate_command, *options).exit_code == 0
+
+
+def test_eval_retrieval_prints_lengths_and_one_json_line(run_folder: Path, tmp_path: Path) -> None:
+    """Catches a level that is dropped, and a heat map that is not drawn."""
+    pytest.importorskip("matplotlib")
+    options = ["--levels", "1,2", "--num", "2", "--max-tokens", "3", "--native-length", "64"]
+    result = invoke(
+        eval_command, "retrieval", "--model", str(run_folder), *options, "--plot", str(tmp_path / "map.png")
+    )
+    assert "times the native length" in result.stdout
+    cells = json.loads(result.stdout.splitlines()[-1])["retrieval"]
+    assert {(cell["task"], cell["level"]) for cell in cells} == {(t, n) for t in LONG_TASKS for n in (1, 2)}
+    assert all(cell["num_problems"] == 2 for cell in cells)
+    assert (tmp_path / "map.png").is_file()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from random import Random
 
 import pytest
@@ -118,7 +120,7 @@ def test_knights_claims_read_as_they_are_said() -> None:
 @pytest.mark.parametrize("level", range(1, 9))
 def test_haystacks_have_the_stated_length_and_each_fact_once(level: int) -> None:
     """Catches text that is too long or short for its level, and answers that are not in it."""
-    for task in ("needle", "needles"):
+    for task in ("needle", "needles", "needles4"):
         for index in range(5):
             problem = sample_problem("retrieval", split="test", level=level, seed=1, index=index, task=task)
             text, _, question = problem.prompt.removeprefix("read: ").partition("\nask: ")
@@ -126,7 +128,8 @@ def test_haystacks_have_the_stated_length_and_each_fact_once(level: int) -> None
             found = [text.split(f"{person} has #") for person in question.split(", ")]
             assert all(len(parts) == 2 for parts in found)
             assert " ".join(parts[1][:3] for parts in found) == problem.answer
-            assert text.count("#") > len(found)
+            assert text.count("#") == min(level + 3, 10)
+            assert len(found) == {"needle": 1, "needles": 2, "needles4": 4}[task]
 
 
 def test_supplied_sentences_fill_the_haystack() -> None:
@@ -138,6 +141,32 @@ def test_supplied_sentences_fill_the_haystack() -> None:
     for bad in ("Ann has #111.", " "):
         with pytest.raises(TaskError, match="filler sentence"):
             Needle([bad])
+
+
+@pytest.mark.parametrize("level", [1, 4, 8])
+def test_tracked_values_are_those_of_a_program_that_runs_the_text(level: int) -> None:
+    """Catches a link before the one that it follows, a chain that another one touches, and a text of another length."""
+    for index in range(10):
+        problem = sample_problem("retrieval", split="test", level=level, seed=1, index=index, task="track")
+        text, _, question = problem.prompt.removeprefix("read: ").partition("\nask: ")
+        assert LENGTHS[level - 1] - 60 <= len(text) <= LENGTHS[level - 1]
+        value: dict[str, str] = {}
+        for name, source in re.findall(r"Set (\w+) to (\w+)\.", text):
+            value[name] = source if source.isdecimal() else value[source]
+        assert value[question] == problem.answer
+        assert sorted(Counter(value.values()).values()) == [3, 3, 3, 3]
+        assert problem.solution.splitlines()[0].count(" is ") == 3
+
+
+@pytest.mark.parametrize("level", [1, 4, 8])
+def test_pairs_are_as_many_as_fit_and_each_name_is_there_once(level: int) -> None:
+    """Catches a name with two values, and answers in the order of the list."""
+    problem = sample_problem("retrieval", split="test", level=level, seed=1, index=level, task="pairs")
+    pairs, _, question = problem.prompt.removeprefix("pairs: ").partition("\nask: ")
+    table = dict(pair.split("=") for pair in pairs.split())
+    assert len(table) == len(pairs.split())
+    assert LENGTHS[level - 1] - 8 <= len(pairs) <= LENGTHS[level - 1]
+    assert problem.answer.split() == [table[name] for name in question.split(", ")]
 
 
 def test_recall_answers_are_the_pairs_asked_for() -> None:
