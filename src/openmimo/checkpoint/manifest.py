@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +79,20 @@ class FolderWriter:
         self._records[new] = self._records.pop(old)
 
     def write_manifest(self) -> None:
-        files = {name: {"sha256": r.sha256, "size": r.size} for name, r in sorted(self._records.items())}
-        text = json.dumps({"files": files, "version": _VERSION}, indent=1) + "\n"
-        (self.folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        write_manifest(self.folder, self._records)
+
+
+def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """`manifest.json` with these records."""
+    files = {name: {"sha256": r.sha256, "size": r.size} for name, r in sorted(records.items())}
+    text = json.dumps({"files": files, "version": _VERSION}, indent=1) + "\n"
+    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+
+def hash_file(path: Path) -> FileRecord:
+    """The record of a file that is there. Cost: reads it once."""
+    with open_regular(path) as file:
+        return FileRecord(size=os.fstat(file.fileno()).st_size, sha256=_digest(file))
 
 
 @contextmanager

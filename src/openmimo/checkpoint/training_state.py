@@ -21,8 +21,8 @@ from openmimo.config.strict_json import read_json_object
 from openmimo.errors import CheckpointError
 
 TRAINING_STATE_NAME = "training_state"
-_TENSORS_NAME = "tensors.safetensors"
-_META_NAME = "meta.json"
+TENSORS_NAME = "tensors.safetensors"
+META_NAME = "meta.json"
 _MAX_META_BYTES = 256_000_000
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")
 
@@ -39,9 +39,9 @@ def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mappi
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"training metadata must be plain JSON: {error}; convert the value") from error
     with folder_writer(folder) as writer:
-        with writer.create(_TENSORS_NAME) as file:
+        with writer.create(TENSORS_NAME) as file:
             write_safetensors(file, tensors)
-        writer.add_bytes(_META_NAME, text.encode())
+        writer.add_bytes(META_NAME, text.encode())
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -51,11 +51,16 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, obje
     """
     recover_folder(folder)
     records = verify_manifest(folder)
-    if set(records) != {_TENSORS_NAME, _META_NAME}:
+    if set(records) != {TENSORS_NAME, META_NAME}:
         raise CheckpointError(f"{str(folder)!r} lists {sorted(records)}, not a training state; use another folder")
-    with SafetensorsFile(folder / _TENSORS_NAME) as file:
+    with SafetensorsFile(folder / TENSORS_NAME) as file:
         tensors = {name: file.read(name) for name in file.entries}
-    return tensors, read_json_object(folder / _META_NAME, max_bytes=_MAX_META_BYTES)
+    return tensors, load_training_meta(folder)
+
+
+def load_training_meta(folder: Path) -> dict[str, object]:
+    """The metadata alone, unverified. Raises: CheckpointError."""
+    return read_json_object(folder / META_NAME, max_bytes=_MAX_META_BYTES)
 
 
 def save_step(
@@ -70,12 +75,17 @@ def save_step(
 
     `write_model` gets the folder to save the weights to. Raises: CheckpointError.
     """
-    target = run_dir / f"step-{step:08d}"
+    target = step_folder(run_dir, step)
     remove_leftovers(run_dir)
     with atomic_folder(target) as temporary:
         write_model(temporary)
         save_training_state(temporary / TRAINING_STATE_NAME, tensors, meta)
     return target
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after that step belongs."""
+    return run_dir / f"step-{step:08d}"
 
 
 def checkpoint_dirs(run_dir: Path) -> list[Path]:

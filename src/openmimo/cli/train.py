@@ -171,6 +171,8 @@ def _run(
     from openmimo.train.plots import plot_run
 
     result = train(recipe, out or Path("runs") / recipe.name, resume=resume, overwrite=overwrite)
+    if not result.is_first:
+        return
     plot = plot_run(result.model_dir.parent)
     typer.echo(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; model in {result.model_dir}")
     typer.echo(f"curves in {plot}" if plot else 'no curves: matplotlib is missing; pip install "openmimo[plots]"')

@@ -249,6 +249,20 @@ class LogRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelRecipe:
+    """How the processes that `torchrun` starts divide the work; one process alone divides nothing.
+
+    Rows of a batch and all weights are divided among all of them. A layer's experts are divided among `expert_ranks`
+    first, so that between these only tokens move. A run may go on with other numbers than it began with.
+    """
+
+    expert_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        demand_numbers(self, positive=("expert_ranks",))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
     """One training run. `device` is cpu, cuda, cuda:N, or auto: cuda where PyTorch sees a GPU, else cpu.
 
@@ -267,6 +281,7 @@ class TrainRecipe:
     log: LogRecipe = field(default_factory=LogRecipe)
     precision: Precision = Precision.AUTO
     recompute: bool = False
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     device: str = "auto"
     threads: int = 0
 

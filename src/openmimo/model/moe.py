@@ -5,6 +5,7 @@ Suffixes: N tokens (batch and time flattened), D hidden, E experts, k chosen exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,8 @@ def _sum_choices(x_Nk: Tensor) -> Tensor:
     return sum(others, start=first)
 
 
+ExchangeExperts = Callable[["Experts", Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 # Passes over a weight that is copied and multiplied, against one that is only multiplied.
 COPY_COST = 3
 
@@ -135,11 +138,14 @@ class Experts(HasInvariantForm, nn.Module):
     No capacity limit and no loop over tokens: the sort is the dispatch, its inverse the combine. Each expert's rows
     start at a multiple of `ROW_MULTIPLE`, so that matrix products come in few sizes: libraries that generate code
     per size (oneDNN) would otherwise spend more time on that than on the product, as loads change every step.
+    With `exchange`, (experts, x, chosen experts, weights) -> the same result, that takes the place of all this: callers
+    that keep other experts elsewhere bring one.
     """
+
+    exchange: ExchangeExperts | None = None
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.expert_dim))
 
@@ -149,21 +155,10 @@ class Experts(HasInvariantForm, nn.Module):
         """Shapes: -> (N, D) and the number of tokens that each expert received, (E,)."""
         if static:
             return self._static(x_ND, experts_Nk, weights_Nk)
-        if experts_usable(x_ND, self.down_proj) and not self.invariant:
-            return fused_experts(x_ND, experts_Nk, weights_Nk, self.gate_up_proj, self.down_proj)
-        top_k = experts_Nk.shape[1]
-        place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, self.num_experts)
-        num_rows = place_M.shape[0] + (_row_multiple(place_M.shape[0], self.num_experts) - 1) * self.num_experts
-        x_PD: Tensor = _Dispatch.apply(x_ND, place_M, num_rows)  # type: ignore[assignment]
-        if self.invariant:
-            hidden_PF = swiglu(invariant.grouped_product(x_PD, self.gate_up_proj, ends_E), is_invariant=True)
-            y_PD = invariant.grouped_product(hidden_PF, self.down_proj, ends_E)
-        else:
-            hidden_PF = swiglu(grouped_product(x_PD, self.gate_up_proj.transpose(1, 2), ends_E))
-            y_PD = grouped_product(hidden_PF, self.down_proj.transpose(1, 2), ends_E)
-        y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
-        y_NkD = y_NkD * weights_Nk[..., None].to(y_NkD.dtype)
-        return _sum_choices(y_NkD) if self.invariant else y_NkD.sum(1), tokens_per_expert_E
+        if self.exchange is not None:
+            return self.exchange(self, x_ND, experts_Nk, weights_Nk)
+        weights = (self.gate_up_proj, self.down_proj)
+        return run_experts(x_ND, experts_Nk, weights_Nk, *weights, is_invariant=self.invariant)
 
     def _static(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
         """The same for few tokens, with nothing that depends on the choices but values.
@@ -172,7 +167,8 @@ class Experts(HasInvariantForm, nn.Module):
         products cost what reading their weights costs, and a copy reads and writes once more.
         """
         weights_Nk = weights_Nk.to(x_ND.dtype)
-        if COPY_COST * experts_Nk.numel() <= self.num_experts:
+        num_experts = self.down_proj.shape[0]
+        if COPY_COST * experts_Nk.numel() <= num_experts:
             x_NkD1 = x_ND[:, None, :, None].expand(-1, experts_Nk.shape[1], -1, -1)
             hidden_NkF = swiglu((self.gate_up_proj[experts_Nk] @ x_NkD1).squeeze(-1))
             y_NkD = (self.down_proj[experts_Nk] @ hidden_NkF[..., None]).squeeze(-1)
@@ -180,10 +176,37 @@ class Experts(HasInvariantForm, nn.Module):
         else:
             hidden_ENF = swiglu(x_ND @ self.gate_up_proj.transpose(1, 2))
             y_END = hidden_ENF @ self.down_proj.transpose(1, 2)
-            weights_NE = x_ND.new_zeros(x_ND.shape[0], self.num_experts).scatter(1, experts_Nk, weights_Nk)
+            weights_NE = x_ND.new_zeros(x_ND.shape[0], num_experts).scatter(1, experts_Nk, weights_Nk)
             y_ND = (y_END * weights_NE.T[..., None]).sum(0)
-        counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_ND.device)
+        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_ND.device)
         return y_ND, counts_E.scatter_add(0, experts_Nk.flatten(), torch.ones_like(experts_Nk.flatten()))
+
+
+def run_experts(
+    x_ND: Tensor,
+    experts_Nk: Tensor,
+    weights_Nk: Tensor,
+    gate_up_proj_E2FD: Tensor,
+    down_proj_EDF: Tensor,
+    *,
+    is_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The experts' weighted sum for each token, (N, D), and the number of tokens of each expert, (E,)."""
+    if experts_usable(x_ND, down_proj_EDF) and not is_invariant:
+        return fused_experts(x_ND, experts_Nk, weights_Nk, gate_up_proj_E2FD, down_proj_EDF)
+    num_experts, top_k = down_proj_EDF.shape[0], experts_Nk.shape[1]
+    place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, num_experts)
+    num_rows = place_M.shape[0] + (_row_multiple(place_M.shape[0], num_experts) - 1) * num_experts
+    x_PD: Tensor = _Dispatch.apply(x_ND, place_M, num_rows)  # type: ignore[assignment]
+    if is_invariant:
+        hidden_PF = swiglu(invariant.grouped_product(x_PD, gate_up_proj_E2FD, ends_E), is_invariant=True)
+        y_PD = invariant.grouped_product(hidden_PF, down_proj_EDF, ends_E)
+    else:
+        hidden_PF = swiglu(grouped_product(x_PD, gate_up_proj_E2FD.transpose(1, 2), ends_E))
+        y_PD = grouped_product(hidden_PF, down_proj_EDF.transpose(1, 2), ends_E)
+    y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
+    y_NkD = y_NkD * weights_Nk[..., None].to(y_NkD.dtype)
+    return _sum_choices(y_NkD) if is_invariant else y_NkD.sum(1), tokens_per_expert_E
 
 
 def grouped_product(x_PD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:

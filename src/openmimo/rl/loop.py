@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from openmimo.config.recipe import to_toml
 from openmimo.config.rl import Algorithm, RLRecipe
 from openmimo.engine import Engine
 from openmimo.engine.loading import resolve_model_folder
+from openmimo.errors import TrainingError
 from openmimo.kernels import training as kernels
 from openmimo.model import MiMoModel, cast_model
 from openmimo.rl.batching import MicroBatch, pack
@@ -74,6 +76,8 @@ class PolicyRun:
         report: Callable[[dict[str, Any]], None] | None = None,
         on_step: Callable[[int, PolicyRun], None] | None = None,
     ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise TrainingError("post-training runs in one process; start it without torchrun")
         self.recipe, self.run_dir, self.report, self.on_step = recipe, run_dir, report, on_step
         if recipe.threads:
             torch.set_num_threads(recipe.threads)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 
 from openmimo.checkpoint import save_model
 from openmimo.config.cost import training_flops
 from openmimo.config.recipe import to_toml
-from openmimo.config.train import StageRecipe, TrainRecipe
+from openmimo.config.train import DataRecipe, ParallelRecipe, StageRecipe, TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.data.packing import Batch
-from openmimo.errors import TrainingError
+from openmimo.errors import ConfigError, TrainingError
 from openmimo.model import MiMoModel, replicate_mtp_head
 from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train import monitors
@@ -29,9 +33,12 @@ from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.report import Reporter
 from openmimo.train.run_folder import forget_later_metrics, make_folder, write_start
 from openmimo.train.schedule import learning_rate
-from openmimo.train.state import Progress, load_progress, restore, save_progress
+from openmimo.train.state import Progress, load_progress, restore_from, save_progress
 from openmimo.train.step import StepResult, StepSettings, train_step
 from openmimo.train.tokenizer import tokenizer_for
+
+if TYPE_CHECKING:
+    from openmimo.parallel.ranks import Ranks
 
 # After this many updates in a row with a non-finite gradient the run stops instead of idling.
 MAX_SKIPPED_STEPS = 20
@@ -39,7 +46,7 @@ MAX_SKIPPED_STEPS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run leaves behind."""
+    """What a finished run leaves behind. `is_first`: whether this process is the one that writes and reports."""
 
     model: MiMoModel
     tokenizer: Tokenizer
@@ -47,6 +54,7 @@ class TrainResult:
     steps: int
     tokens: int
     seconds: float
+    is_first: bool = True
 
 
 def train(
@@ -60,33 +68,61 @@ def train(
     """Run a recipe from nothing or, with `resume`, from its newest intact checkpoint.
 
     Writes recipe.toml, run.json, metrics.jsonl, checkpoints/ and model/ into `run_dir`. Checkpoints that an earlier run
-    left there are removed with `overwrite`.
+    left there are removed with `overwrite`. Under `torchrun` all processes train one model together, and the first one
+    writes.
     Raises: TrainingError when gradients stay non-finite or the folder cannot be used, TrainingInterruptedError after
     Ctrl-C (which saves first).
     """
-    run = _Run(recipe, run_dir, resume, overwrite, reporter or Reporter())
-    with run.reporter, interrupt_flag() as interrupted:
-        return run.finish(interrupted)
+    with _all_ranks(recipe) as ranks:
+        if reporter is None or (ranks is not None and not ranks.is_first):
+            reporter = Reporter(Console(quiet=ranks is not None and not ranks.is_first))
+        run = _Run(recipe, run_dir, resume, overwrite, reporter, ranks)
+        with run.reporter, interrupt_flag() as interrupted:
+            return run.finish(interrupted)
+
+
+def _all_ranks(recipe: TrainRecipe) -> AbstractContextManager[Ranks | None]:
+    """The processes that `torchrun` started, or None for one that is alone."""
+    expert_ranks = recipe.parallel.expert_ranks
+    if "WORLD_SIZE" in os.environ:
+        from openmimo.parallel.ranks import joined
+
+        return joined(expert_ranks, recipe.device)
+    if expert_ranks != 1:
+        raise ConfigError(
+            f"parallel.expert_ranks={expert_ranks} needs a multiple of as many processes; start them with torchrun"
+        )
+    return nullcontext()
 
 
 class _Run:
     """One run's parts; the order of work is in `finish`."""
 
-    def __init__(self, recipe: TrainRecipe, run_dir: Path, resume: bool, overwrite: bool, reporter: Reporter) -> None:
-        self.recipe, self.run_dir, self.reporter = recipe, run_dir, reporter
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        run_dir: Path,
+        resume: bool,
+        overwrite: bool,
+        reporter: Reporter,
+        ranks: Ranks | None,
+    ) -> None:
+        self.recipe, self.run_dir, self.reporter, self.ranks = recipe, run_dir, reporter, ranks
+        self.num_ranks = 1 if ranks is None else ranks.size
+        self.is_first = ranks is None or ranks.is_first
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         keep_freed_memory()
-        self.fingerprint = hashlib.sha256(to_toml(recipe).encode()).hexdigest()
-        self.device = pick_device(recipe.device)
+        # How many processes there are is no part of what is trained.
+        alone = replace(recipe, parallel=ParallelRecipe())
+        self.fingerprint = hashlib.sha256(to_toml(alone).encode()).hexdigest()
+        self.device = pick_device(recipe.device) if ranks is None else ranks.device
         self.dtype = compute_dtype(recipe.precision, self.device)
         self.progress = Progress()
-        saved = load_progress(run_dir, self.fingerprint) if resume else None
+        saved = load_progress(run_dir, self.fingerprint, ranks) if resume else None
         if saved is None:
-            make_folder(run_dir, overwrite)
-        self.tokenizer = (
-            Tokenizer.load(run_dir / "tokenizer") if saved else tokenizer_for(recipe, run_dir / "tokenizer")
-        )
+            self._by_first(lambda: self._prepare(overwrite))
+        self.tokenizer = Tokenizer.load(run_dir / "tokenizer")
         self.template = ChatTemplate(self.tokenizer)
         self.model = initial_model(
             recipe,
@@ -96,16 +132,35 @@ class _Run:
             saved_heads=None if saved is None else saved[2],
         )
         self.model.recompute = recipe.recompute
-        self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer)
+        self._divide()
+        self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer, ranks)
         if saved is not None:
             self.progress = saved[0]
-            restore(self.model, self.optimizer, saved[1])
-            forget_later_metrics(run_dir / "metrics.jsonl", self.progress.step)
+            restore_from(saved[1], self.model, self.optimizer, ranks)
+            self._by_first(lambda: forget_later_metrics(run_dir / "metrics.jsonl", self.progress.step))
         else:
-            write_start(run_dir, recipe, self.model)
+            self._by_first(lambda: write_start(run_dir, recipe, self.model))
         self.peak_flops = monitors.matmul_peak(self.dtype, self.device)
         self.skipped = 0
         self.started = time.perf_counter()
+
+    def _by_first(self, work: Callable[[], object]) -> None:
+        """Have the first rank do something, and wait for it."""
+        if self.ranks is None:
+            work()
+        else:
+            self.ranks.by_first(lambda: work() and None)
+
+    def _prepare(self, overwrite: bool) -> None:
+        make_folder(self.run_dir, overwrite)
+        tokenizer_for(self.recipe, self.run_dir / "tokenizer")
+
+    def _divide(self) -> None:
+        """Divide a whole model among the ranks."""
+        if self.ranks is not None:
+            from openmimo.parallel.sharding import shard_model
+
+            shard_model(self.model, self.ranks)
 
     def finish(self, interrupted: Callable[[], bool]) -> TrainResult:
         total = sum(stage.steps for stage in self.recipe.stages)
@@ -119,6 +174,7 @@ class _Run:
         self._save_checkpoint()
         model_dir = self.run_dir / "model"
         self._write_model(model_dir)
+        self._by_first(lambda: None)
         seconds = time.perf_counter() - self.started
         return TrainResult(
             model=self.model,
@@ -127,6 +183,7 @@ class _Run:
             steps=self.progress.step,
             tokens=self.progress.tokens,
             seconds=seconds,
+            is_first=self.is_first,
         )
 
     def _run_stage(self, stage: StageRecipe, interrupted: Callable[[], bool]) -> None:
@@ -137,7 +194,7 @@ class _Run:
             balance_weight=stage.sequence_aux_weight,
             bias_update_rate=stage.bias_update_rate,
         )
-        data = self.recipe.data_of(stage)
+        data = self._share(self.recipe.data_of(stage))
         every = self.recipe.checkpoint.every_steps
         with build_loader(
             data,
@@ -147,6 +204,8 @@ class _Run:
             stage=stage.kind.value,
             template=self.template,
             cursor=self.progress.cursor,
+            rank=0 if self.ranks is None else self.ranks.rank,
+            world_size=self.num_ranks,
         ) as loader:
             while self.progress.step_in_stage < stage.steps:
                 step = self.progress.step_in_stage
@@ -165,11 +224,15 @@ class _Run:
                     batch.loss_mask_BT,
                     learning_rate=rate,
                     settings=settings,
+                    ranks=self.ranks,
                 )
-                self._advance(batch)
+                num_tokens = batch.num_tokens
+                if self.ranks is not None:
+                    num_tokens = int(self.ranks.sums(num_tokens)[0])
+                self._advance(batch, num_tokens)
                 self._guard(result)
-                self._log(stage, batch, result, rate, begun - waited, time.perf_counter() - begun)
-                if interrupted():
+                self._log(stage, batch, result, rate, num_tokens, begun - waited, time.perf_counter() - begun)
+                if interrupted() if self.ranks is None else self.ranks.any(interrupted()):
                     folder = self._save_checkpoint()
                     raise TrainingInterruptedError(
                         f"stopped at step {self.progress.step}; saved {folder}; continue with --resume"
@@ -177,12 +240,22 @@ class _Run:
                 if every and self.progress.step % every == 0:
                     self._save_checkpoint()
 
-    def _advance(self, batch: Batch) -> None:
+    def _share(self, data: DataRecipe) -> DataRecipe:
+        """What one rank gets of each batch."""
+        rows, rest = divmod(data.batch_sequences, self.num_ranks)
+        if rest:
+            raise ConfigError(
+                f"data.batch_sequences={data.batch_sequences} cannot be divided among {self.num_ranks} processes; "
+                "choose a multiple"
+            )
+        return replace(data, batch_sequences=rows)
+
+    def _advance(self, batch: Batch, num_tokens: int) -> None:
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
             step_in_stage=self.progress.step_in_stage + 1,
-            tokens=self.progress.tokens + batch.num_tokens,
+            tokens=self.progress.tokens + num_tokens,
             cursor=batch.cursor,
         )
 
@@ -196,15 +269,24 @@ class _Run:
             )
 
     def _log(
-        self, stage: StageRecipe, batch: Batch, result: StepResult, rate: float, waited: float, seconds: float
+        self,
+        stage: StageRecipe,
+        batch: Batch,
+        result: StepResult,
+        rate: float,
+        num_tokens: int,
+        waited: float,
+        seconds: float,
     ) -> None:
-        self.reporter.step(self.progress.step, batch.num_tokens, seconds + waited)
+        self.reporter.step(self.progress.step, num_tokens, seconds + waited)
         every = self.recipe.log.every_steps
         if self.progress.step % every and self.progress.step_in_stage not in (1, stage.steps):
             return
         watch = time.perf_counter()
-        zeros = monitors.num_zeros(self.model, self.optimizer.zero_counts)
+        zeros = monitors.num_zeros(self.model, self.optimizer.zero_counts, self.ranks)
         monitor_share = (time.perf_counter() - watch) / every / seconds
+        if not self.is_first:
+            return
         flops = training_flops(self.model.config, batch.token_ids_BT.shape[1], mtp_heads=stage.mtp_heads)
         losses, load_LE = result.losses, result.tokens_per_expert_LE
         record = {
@@ -220,7 +302,7 @@ class _Run:
             "monitor_share_of_step": monitor_share,
             "expert_load": None if load_LE is None else monitors.expert_load(load_LE),
             "tokens": self.progress.tokens,
-            "tokens_per_second": batch.num_tokens / (seconds + waited),
+            "tokens_per_second": num_tokens / (seconds + waited),
             "data_wait_share": waited / (seconds + waited),
             "flops_utilisation": flops * batch.token_ids_BT.numel() / seconds / self.peak_flops,
             "padding_share": batch.padding_share,
@@ -233,8 +315,13 @@ class _Run:
         """Replicate the MTP head when the stage trains more than there are; only the heads lose their moments."""
         if stage.mtp_heads > self.model.config.num_mtp_heads:
             known = {n: x for n, x in self.optimizer.state_tensors().items() if ".mtp_heads." not in n}
+            if self.ranks is not None:
+                from openmimo.parallel.sharding import whole_model
+
+                self.model = whole_model(self.model).to(self.device)
             replicate_mtp_head(self.model, stage.mtp_heads)
-            self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer)
+            self._divide()
+            self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer, self.ranks)
             self.optimizer.load_state_tensors(known, partial=True)
         self.progress = replace(self.progress, stage=index)
 
@@ -247,9 +334,18 @@ class _Run:
             fingerprint=self.fingerprint,
             write_model=self._write_model,
             keep=self.recipe.checkpoint.keep,
+            ranks=self.ranks,
         )
 
     def _write_model(self, folder: Path) -> None:
+        """Weights for anyone, by the first rank; the others give it what they have of them."""
+        model = self.model
+        if self.ranks is not None:
+            from openmimo.parallel.sharding import whole_model
+
+            model = whole_model(model)
+        if not self.is_first:
+            return
         dtype = "bfloat16" if self.dtype is torch.bfloat16 else "float32"
         tokenizer_files = {path.name: path for path in (self.run_dir / "tokenizer").iterdir() if path.is_file()}
-        save_model(self.model, folder, dtype=dtype, extra_files=tokenizer_files)
+        save_model(model, folder, dtype=dtype, extra_files=tokenizer_files)

@@ -5,6 +5,7 @@ Suffixes: B batch, T tokens, D hidden, N selected tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +97,11 @@ def language_model_losses(
     num_mtp_heads: int,
     mtp_weight: float,
     balance_weight: float,
+    weigh: Callable[[int], float] | None = None,
 ) -> Losses:
     """Next-token loss, the mean of the MTP heads' losses times `mtp_weight`, and the weighted balance loss.
+
+    `weigh` gives what a mean over so many targets counts where other ranks have other numbers of them.
 
     Token t + 1 + s is a target of position t (s = 0 for the main model, k + 1 for head k) when the loss mask has it
     and both lie in one document. Source: MiMo-V2-Flash report, training objective.
@@ -114,7 +118,9 @@ def language_model_losses(
         filler = -rows_N.shape[0] % ROW_MULTIPLE
         rows_N, targets_N = F.pad(rows_N, (0, filler)), F.pad(targets_N, (0, filler), value=-1)
         hidden_ND = hidden_BTD[:, :num_sources].flatten(0, 1).index_select(0, rows_N)
-        return linear_cross_entropy(hidden_ND, weight_VD, targets_N), rows_N.shape[0] - filler
+        num_targets = rows_N.shape[0] - filler
+        mean = linear_cross_entropy(hidden_ND, weight_VD, targets_N)
+        return mean if weigh is None else mean * weigh(num_targets), num_targets
 
     next_token, num_targets = loss_at(1, model.norm(output.hidden_BTD))
     mtp = tuple(loss_at(2 + head, output.mtp_hidden(head))[0] for head in range(num_mtp_heads))

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from openmimo.checkpoint.training_state import checkpoint_dirs, latest_valid, load_training_state, save_step
+from openmimo.checkpoint.training_state import (
+    checkpoint_dirs,
+    latest_valid,
+    load_training_meta,
+    load_training_state,
+    save_step,
+)
 from openmimo.errors import CheckpointError
 from openmimo.model import MiMoModel
+from openmimo.parallel.parts import PARTS, like, local, part_of
 from openmimo.train.device import random_state, set_random_state
 from openmimo.train.optimizer import MasterAdamW
 
+if TYPE_CHECKING:
+    from openmimo.parallel.ranks import Ranks
+
 TRAINING_STATE = "training_state"
+# Names of masters and moments, which are divided as their parameters are.
+_PARAMETER_STATE = re.compile(r"(?:master|adamw\.exp_avg|adamw\.exp_avg_sq)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,7 @@ def save_progress(
     fingerprint: str,
     write_model: Callable[[Path], object],
     keep: int,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write one step folder and drop all but the last `keep`."""
     meta = {
@@ -51,7 +65,9 @@ def save_progress(
         "num_mtp_heads": model.config.num_mtp_heads,
         "recipe": fingerprint,
     }
-    return save_state(run_dir, progress.step, model, optimizer, meta=meta, write_model=write_model, keep=keep)
+    return save_state(
+        run_dir, progress.step, model, optimizer, meta=meta, write_model=write_model, keep=keep, ranks=ranks
+    )
 
 
 def save_state(
@@ -63,15 +79,26 @@ def save_state(
     meta: Mapping[str, object],
     write_model: Callable[[Path], object],
     keep: int,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write a step folder: weights for anyone, and for `restore` moments, buffers, random state and `meta`.
 
-    All but the last `keep` are dropped. `meta` has the fingerprint of the recipe under `recipe`.
+    All but the last `keep` are dropped. `meta` has the fingerprint of the recipe under `recipe`. With `ranks` each
+    writes its part, and `write_model` is called on all of them.
     """
     tensors = dict(optimizer.state_tensors())
     tensors |= {f"buffer.{name}": buffer.detach() for name, buffer in model.named_buffers()}
     tensors |= random_state(next(model.parameters()).device)
-    folder = save_step(run_dir / "checkpoints", step, write_model=write_model, tensors=tensors, meta=meta)
+    if ranks is not None:
+        from openmimo.parallel.state import save_parts
+
+        folder = save_parts(
+            run_dir / "checkpoints", step, write_model=write_model, tensors=tensors, meta=meta, ranks=ranks
+        )
+        if not ranks.is_first:
+            return folder
+    else:
+        folder = save_step(run_dir / "checkpoints", step, write_model=write_model, tensors=tensors, meta=meta)
     for old in checkpoint_dirs(run_dir / "checkpoints")[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -82,21 +109,19 @@ def load_state(run_dir: Path, fingerprint: str, *, kind: str) -> tuple[dict[str,
 
     Raises: CheckpointError when there is none, or it belongs to another recipe.
     """
-    folder = latest_valid(run_dir / "checkpoints")
-    tensors, meta = load_training_state(folder / TRAINING_STATE)
-    if meta["recipe"] != fingerprint or kind not in meta:
-        raise CheckpointError(
-            f"{str(folder)!r} was made with another recipe; use the same recipe and overrides, or another --out folder"
-        )
-    return tensors, meta
+    folder, meta = _newest(run_dir, fingerprint, kind)
+    return load_training_state(folder / TRAINING_STATE)[0], meta
 
 
-def load_progress(run_dir: Path, fingerprint: str) -> tuple[Progress, dict[str, Tensor], int]:
-    """The newest state whose hashes verify: progress, tensors, number of MTP heads.
+def load_progress(run_dir: Path, fingerprint: str, ranks: Ranks | None = None) -> tuple[Progress, Path, int]:
+    """The newest state whose hashes verify: progress, its folder for `restore_from`, number of MTP heads.
 
-    Raises: CheckpointError when there is none, or it belongs to another recipe.
+    Raises: CheckpointError when there is none, or it belongs to another recipe; on all ranks.
     """
-    tensors, meta = load_state(run_dir, fingerprint, kind="cursor")
+    if ranks is None:
+        folder, meta = _newest(run_dir, fingerprint, "cursor")
+    else:
+        folder, meta = ranks.by_first(lambda: _newest(run_dir, fingerprint, "cursor"))
     cursor = meta["cursor"]
     progress = Progress(
         step=_int(meta, "step"),
@@ -105,7 +130,43 @@ def load_progress(run_dir: Path, fingerprint: str) -> tuple[Progress, dict[str, 
         tokens=_int(meta, "tokens"),
         cursor=cursor if isinstance(cursor, dict) else None,
     )
-    return progress, tensors, _int(meta, "num_mtp_heads")
+    return progress, folder, _int(meta, "num_mtp_heads")
+
+
+def restore_from(folder: Path, model: MiMoModel, optimizer: MasterAdamW, ranks: Ranks | None = None) -> None:
+    """`restore` from a step folder that any number of ranks wrote. Raises: CheckpointError."""
+    parameters = dict(model.named_parameters())
+
+    def owner(name: str) -> Tensor | None:
+        """The parameter that a tensor of the state is divided like."""
+        found = _PARAMETER_STATE.fullmatch(name)
+        return parameters.get(found[1]) if found else None
+
+    state = folder / TRAINING_STATE
+    if any(state.glob(PARTS)):
+        from openmimo.parallel.state import read_parts
+
+        def allocate(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+            parameter = owner(name)
+            if parameter is None or ranks is None:
+                return torch.empty(size, dtype=dtype)
+            return like(torch.empty_like(local(parameter), dtype=dtype), parameter)
+
+        tensors = read_parts(state, allocate, ranks)
+    else:
+        whole, _ = load_training_state(state)
+        tensors = {name: part_of(tensor, owner(name)) for name, tensor in whole.items()}
+    restore(model, optimizer, tensors)
+
+
+def _newest(run_dir: Path, fingerprint: str, kind: str) -> tuple[Path, dict[str, object]]:
+    folder = latest_valid(run_dir / "checkpoints")
+    meta = load_training_meta(folder / TRAINING_STATE)
+    if meta["recipe"] != fingerprint or kind not in meta:
+        raise CheckpointError(
+            f"{str(folder)!r} was made with another recipe; use the same recipe and overrides, or another --out folder"
+        )
+    return folder, meta
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def loop_experts(experts: Experts, x_ND: Tensor, chosen_Nk: Tensor, weights_Nk: 
     """Expert by expert in float64, differentiable: output and the copies of the two weights."""
     gate_up, down = (p.detach().double().requires_grad_() for p in (experts.gate_up_proj, experts.down_proj))
     y_ND = torch.zeros_like(x_ND)
-    for expert in range(experts.num_experts):
+    for expert in range(len(experts.down_proj)):
         for column in range(chosen_Nk.shape[1]):
             rows = (chosen_Nk[:, column] == expert).nonzero()[:, 0]
             gate, up = (x_ND[rows] @ gate_up[expert].T).chunk(2, dim=-1)
