@@ -20,8 +20,9 @@ from openmimo.train.plots import read_metrics
 # What the sampler computes with: invariant fp32 on the trainer's own path, then formats that round more and more.
 EXACT = "exact"
 PRECISIONS = (EXACT, "bf16", "int8", "fp8", "int4")
-# Steps whose answers a precision is judged by.
-PROBE_STEPS = 3
+# Steps whose answers a precision is judged by. What differs is in few tokens, so both ways look at all of them at once.
+PROBE_STEPS = 4
+ALL_TOKENS = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +182,12 @@ def _gap(story: Story, recipe: RLRecipe, precision: str) -> Gap:
         steps=PROBE_STEPS,
         rollout=rollout,
         optimizer=still,
+        minibatches=1,
+        micro_batch_tokens=ALL_TOKENS,
     )
     story.say(f"{name}: {PROBE_STEPS} steps without learning")
     run = PolicyRun(probe, story.folder / name, overwrite=True)
+    run.probe_tokens = ALL_TOKENS
     records = [run.one_step() for _ in range(PROBE_STEPS)]
     run.grading.pool.close()
 

@@ -122,6 +122,7 @@ class PolicyRun:
             num_tokens=self.sampler.num_tokens,
         )
         self.alert = TrendAlert()
+        self.probe_tokens = PROBE_TOKENS
 
     def finish(self) -> RLResult:
         """Run all steps that are left, save, and write the model."""
@@ -254,7 +255,7 @@ class PolicyRun:
             self.updater.begin()
             for domain, batch in self._micro_batches(answers):
                 if native is None:
-                    native = native_mismatch(self.model, batch, PROBE_TOKENS, self.sampler.num_tokens)
+                    native = native_mismatch(self.model, batch, self.probe_tokens, self.sampler.num_tokens)
                 teacher = self.teachers.view(domain, batch, loss.signal, loss.top_k) if domain else None
                 gap = self.updater.add(batch, targets, version=version, teacher=teacher)
                 if domain:
