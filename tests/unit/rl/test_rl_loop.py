@@ -15,7 +15,7 @@ import pytest
 import torch
 from rl_cases import base_folder, rl_recipe
 
-from openmimo.checkpoint import load_model
+from openmimo.checkpoint import load_model, save_model
 from openmimo.config.recipe import load_recipe, parse_recipe, to_toml
 from openmimo.config.rl import RLRecipe
 from openmimo.errors import CheckpointError, TrainingError
@@ -24,7 +24,7 @@ from openmimo.rl.loop import PolicyRun
 from openmimo.rl.monitors import TrendAlert
 from openmimo.rl.teachers import Teachers, warn_about_origin
 from openmimo.rl.update import mtp_loss
-from openmimo.text import train_tokenizer
+from openmimo.text import Tokenizer, train_tokenizer
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 GRPO = {"steps": 4}
@@ -111,15 +111,24 @@ def test_a_teacher_that_is_the_student_says_nothing_at_first(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("signal_name", ["sampled", "full", "top_k"])
 def test_distillation_moves_the_student_to_its_teacher(signal_name: str, tmp_path: Path) -> None:
-    """The student starts beside a teacher that GRPO made; its divergence must shrink with each signal."""
-    teacher = PolicyRun(rl_recipe(steps=3, optimizer={"peak_lr": 2e-3, "final_lr": 2e-3}), tmp_path / "teacher")
-    teacher.finish()
+    """A student that forgot much of what its teacher knows comes back to it with each signal. Its distance, half a nat,
+    is far above what answers differ by from step to step, on any machine."""
+    model = load_model(base_folder() / "model")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and "mtp_heads" not in name and "gate.weight" not in name:
+                weight += 0.6 * weight.std() * torch.randn(weight.shape, generator=generator)
+    save_model(model, tmp_path / "start" / "model", dtype="float32")
+    Tokenizer.load(base_folder() / "model").save(tmp_path / "start" / "model")
     recipe = rl_recipe(
         steps=20,
         algorithm="mopd",
-        teachers=[{"domain": "logic", "folder": str(tmp_path / "teacher")}],
+        model=str(tmp_path / "start"),
+        teachers=[{"domain": "logic", "folder": str(base_folder())}],
         loss={"outcome_weight": 0.0, "signal": signal_name, "top_k": 8},
         rollout={"group_size": 8},
+        optimizer={"peak_lr": 3e-4, "final_lr": 3e-4},
         warmup_steps=1,
     )
     run = PolicyRun(recipe, tmp_path / "student")
