@@ -88,7 +88,7 @@ def attack(name: str, folder: Path, options: argparse.Namespace) -> dict[str, An
         phase = list(PHASES)[kills.total() % len(PHASES)]
         done = start(path, killed, phase, chance.randrange(PHASES[phase]) + 1)
         if done.returncode == 0:
-            break  # it came to its end before that point
+            raise SystemExit(f"{name}: came to its end after {kills.total()} kills; give it more --steps")
         if done.returncode != -signal.SIGKILL:
             raise SystemExit(f"{name}: a resumed run failed with {done.returncode}:\n{done.stderr.decode()}")
         kills[phase] += 1
@@ -114,7 +114,7 @@ def start(recipe: Path, out: Path, phase: str = "", after: int = 0) -> subproces
 def child(options: argparse.Namespace) -> int:
     """Run, or go on, and be killed at call number `after` of the phase's function."""
     points: dict[str, tuple[Any, str]] = {
-        "sampling": (Engine, "step"),
+        "sampling": (Engine, "step_to_completions"),
         "grading": (Grading, "grade"),
         "updating": (PolicyUpdater, "add"),
         "weights": (Engine, "update_weights"),
