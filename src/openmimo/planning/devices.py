@@ -97,6 +97,8 @@ def parse_fleet(text: str, here: Device | None = None) -> Fleet:
         raise ConfigError(f"devices {text!r} cannot be read; write a name and a number, such as h200:8")
     name, count = matched[1], int(matched[2] or 1)
     device = here if name == HERE else KNOWN.get(name)
+    if name == HERE and count > 1:
+        raise ConfigError(f"devices {text!r}: this machine is one device; name a known one for several")
     if device is None:
         raise ConfigError(f"no device {name!r}; {nearest(name, (HERE, *KNOWN))}")
     return Fleet(device=device, count=count)

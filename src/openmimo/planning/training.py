@@ -49,16 +49,19 @@ class TrainingPlan:
 def activation_bytes(config: ModelConfig, num_tokens: int, *, mtp_heads: int, recompute: bool = False) -> float:
     """What forward keeps for backward in bf16, for `num_tokens` tokens, and a chunk of logits.
 
-    With `recompute`, layers keep their input, and one layer at a time everything.
+    With `recompute`, layers and heads keep their input, and one layer at a time everything.
     """
     layers = [
         _attention_bytes(config, kind) + _feed_forward_bytes(config, sparse=sparse)
         for kind, sparse in zip(config.layer_kinds, config.layer_is_moe, strict=True)
     ]
     width = config.hidden_size * BF16
-    kept = len(layers) * width + max(layers) if recompute else sum(layers)
     # A head: an embedding, the two inputs joined, a sliding layer, its output, and the gradient that the loss keeps.
     head = _attention_bytes(config, AttentionKind.SLIDING) + _feed_forward_bytes(config, sparse=False) + 5 * width
+    kept = sum(layers)
+    if recompute:
+        kept = len(layers) * width + max(*layers, head if mtp_heads else 0)
+        head = 2 * width  # its embedding, and the loss's gradient
     last = 2 * width  # the last layer's output, and the gradient that the loss keeps
     logits = LOGIT_ROWS * config.vocab_size * (BF16 + FP32)
     table = (mtp_heads + 1) * config.vocab_size * config.hidden_size * FP32  # each loss sums the head's gradient

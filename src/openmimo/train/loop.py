@@ -84,7 +84,7 @@ def train(
 def _all_ranks(recipe: TrainRecipe) -> AbstractContextManager[Ranks | None]:
     """The processes that `torchrun` started, or None for one that is alone."""
     expert_ranks = recipe.parallel.expert_ranks
-    if "WORLD_SIZE" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from openmimo.parallel.ranks import joined
 
         return joined(expert_ranks, recipe.device)
@@ -144,12 +144,12 @@ class _Run:
         self.skipped = 0
         self.started = time.perf_counter()
 
-    def _by_first(self, work: Callable[[], object]) -> None:
+    def _by_first(self, work: Callable[[], None]) -> None:
         """Have the first rank do something, and wait for it."""
         if self.ranks is None:
             work()
         else:
-            self.ranks.by_first(lambda: work() and None)
+            self.ranks.by_first(work)
 
     def _prepare(self, overwrite: bool) -> None:
         make_folder(self.run_dir, overwrite)
@@ -174,7 +174,8 @@ class _Run:
         self._save_checkpoint()
         model_dir = self.run_dir / "model"
         self._write_model(model_dir)
-        self._by_first(lambda: None)
+        if self.ranks is not None:
+            self.ranks.wait()
         seconds = time.perf_counter() - self.started
         return TrainResult(
             model=self.model,

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from openmimo.cli.main import build_app
 from openmimo.config.cost import count_parameters, forward_flops, kv_cache_bytes
 from openmimo.config.model import preset
+from openmimo.engine import PAGE_TOKENS as RUNNER_PAGE_TOKENS
 from openmimo.engine.native_runner import NativeRunner
 from openmimo.errors import ConfigError
 from openmimo.kernels import training as kernels
@@ -48,6 +49,7 @@ def test_weights_take_what_the_native_runner_allocates(name: str, weights: str, 
 
 def test_a_sequence_takes_whole_pages_and_rings_that_end() -> None:
     """Catches a ring that grows with the text, heads without caches, and a page that is cut."""
+    assert PAGE_TOKENS == RUNNER_PAGE_TOKENS
     tiny = preset("tiny")
     replica = Replica(tiny, fleet())
     at_page = kv_cache_bytes(tiny, PAGE_TOKENS * 20).global_layers
@@ -199,6 +201,7 @@ def test_training_divides_all_state_and_recomputes_only_where_it_must() -> None:
         (lambda: parse_fleet("h200:0"), "'h200:0' cannot be read; write a name and a number"),
         (lambda: parse_fleet("h201:8"), "no device 'h201'; did you mean 'h20'"),
         (lambda: parse_fleet("here"), "no device 'here'"),
+        (lambda: parse_fleet("here:2", PLAIN), "this machine is one device"),
         (lambda: Replica(preset("nano"), fleet(), weights="fp16"), "no number format 'fp16'"),
         (lambda: Replica(preset("nano"), fleet(), cache="fp16"), "no number format 'fp16'"),
     ],
