@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FIRST_TORCH := $(PIP) install --retries 1 --timeout 10 $(addprefix --index-url ,$(TORCH_INDEX)) "$(TORCH)"
 PYTEST := $(BIN)/python -m pytest -q
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/grpo_step.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint parity slow sanitize proofs bench clean
@@ -47,6 +47,7 @@ sanitize: $(VENV)/.with-dev ## The engine's tests under AddressSanitizer, UBSan 
 proofs: $(VENV)/.with-dev ## Promises in full size: the engine's, and runs that are killed and go on
 	$(BIN)/python benchmarks/engine_proofs.py
 	$(BIN)/python benchmarks/kills.py
+	$(BIN)/python benchmarks/ranks.py
 
 bench: $(VENV)/.with-bench ## All benchmarks, one after the other: tables and JSON lines
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done

@@ -141,6 +141,41 @@ def numzeros_command(
     _show("numzeros", out, report, [numzeros.numzeros_rows(report)], numzeros.numzeros_figures(report), draw)
 
 
+def attention_command(
+    overrides: Overrides = None,
+    out: OutOption = RUNS,
+    seeds: SeedsOption = "0,1,2",
+    windows: Annotated[str, typer.Option(help="Windows to train without and with a sink, comma-separated.")] = "16",
+    wide: Annotated[int, typer.Option(min=1, help="A wider window, with a sink.")] = 64,
+    num: NumOption = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of what is timed.")] = 5,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs at the same time; 0: two without a GPU, else one.")] = 0,
+    plot: PlotOption = True,
+) -> None:
+    """Tables 2 and 3: global layers only beside sliding windows, without and with a sink."""
+    import torch
+
+    from openmimo.cli.machine import usable_cores
+    from openmimo.reproduce import attention
+
+    report = attention.measure_attention(
+        _story(out, overrides, plot),
+        arms=attention.arms_of(parse_numbers("--windows", windows), wide),
+        seeds=parse_numbers("--seeds", seeds),
+        num_problems=num,
+        rounds=rounds,
+        jobs=jobs or (1 if torch.cuda.is_available() or usable_cores() < 2 else 2),
+    )
+    draw = _plots().plot_attention if plot else None
+    tables = [attention.attention_rows(report), attention.cost_rows(report)]
+    _show("attention", out, report, tables, attention.attention_figures(report), draw)
+    for value, unit in (("loss", "nats per token"), ("domains", "of the problems")):
+        for window, difference, error in attention.sink_difference(report, value):
+            typer.echo(f"window {window}: the sink changes {difference:+.4f} +-{error:.4f} {unit}")
+    hybrid, whole = report.flash
+    typer.echo(f"MiMo-V2-Flash at 256k tokens: {whole / hybrid:.2f} times fewer bytes than with global layers only")
+
+
 def _story(out: Path, overrides: list[str] | None, plot: bool) -> Story:
     """The folder's story, whose runs say where they are."""
     from rich.console import Console
@@ -197,4 +232,5 @@ COMMANDS = {
     "seesaw": seesaw_command,
     "r3": r3_command,
     "numzeros": numzeros_command,
+    "attention": attention_command,
 }

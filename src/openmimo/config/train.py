@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from openmimo.config.model import AttentionConfig, ModelConfig, MoEConfig, preset
+from openmimo.config.model import AttentionConfig, AttentionKind, ModelConfig, MoEConfig, preset
 from openmimo.errors import ConfigError, nearest
 
-_Config = TypeVar("_Config", ModelConfig, AttentionConfig, MoEConfig)
+_Config = TypeVar("_Config", ModelConfig, AttentionConfig, MoEConfig, "DataRecipe")
 
 SPLITS = ("train", "test")
 
@@ -67,20 +67,23 @@ class Precision(StrEnum):
 class ModelRecipe:
     """Which model to train: random weights of a `preset`, or the weights in a checkpoint `folder` (one of the two).
 
-    The other fields change the model when they are set; without `vocab_size` a preset takes the tokenizer's. How many
-    MTP heads there are is up to the stages. The report trains with `init_std` 0.006, a global
-    `global_rope_theta` of 640,000 before the long-context stage and 5,000,000 in it, and one MTP head until
-    post-training, where it is copied to three.
+    The other fields change the model when they are set; without `vocab_size` a preset takes the tokenizer's. With
+    `all_global` no layer slides (MTP heads still do). How many MTP heads there are is up to the stages. The report
+    trains with `init_std` 0.006, a global `global_rope_theta` of 640,000 before the long-context stage and 5,000,000
+    in it, and one MTP head until post-training, where it is copied to three. `embedding_std` is the deviation of random
+    embeddings where it is not `init_std`: larger, layers find the tokens themselves in what reaches them.
     """
 
     preset: str = ""
     folder: str = ""
     vocab_size: int | None = None
+    all_global: bool = False
     window_keys: int | None = None
     sliding_sink: bool | None = None
     global_rope_theta: float | None = None
     value_scale: float | None = None
     init_std: float | None = None
+    embedding_std: float | None = None
     max_positions: int | None = None
     num_experts: int | None = None
     num_experts_per_token: int | None = None
@@ -89,6 +92,9 @@ class ModelRecipe:
     def __post_init__(self) -> None:
         if bool(self.preset) == bool(self.folder):
             raise ConfigError(f"got preset={self.preset!r} and folder={self.folder!r}; set exactly one of them")
+        demand_numbers(self, positive=("embedding_std",))
+        if self.embedding_std is not None and self.folder:
+            raise ConfigError(f"embedding_std={self.embedding_std} is for random weights, but folder is set; remove it")
         if self.preset:
             preset(self.preset)
 
@@ -105,6 +111,8 @@ class ModelRecipe:
             changes["moe"] = _changed(config.moe, **experts)
         elif any(value is not None for value in experts.values()):
             raise ConfigError(f"{self.preset or self.folder!r} has no experts, but the recipe changes {experts}")
+        if self.all_global:
+            changes["layer_kinds"] = (AttentionKind.GLOBAL,) * config.num_layers
         names = ("vocab_size", "value_scale", "init_std", "max_positions")
         return _changed(config, **changes, **{name: getattr(self, name) for name in names})
 
@@ -198,6 +206,9 @@ class StageRecipe:
     `warmup_steps` rise linearly from 0 to `lr_start`. `mtp_heads` heads are trained, their mean loss weighted by
     `mtp_loss_weight` (report: 0.3, then 0.1). `bias_update_rate` moves the routers' balance bias (report: 0.001,
     1e-5 in the last stage). `sources`, when given, replace those of the data recipe; `extra_sources` join them.
+
+    `sequence_length` and `batch_sequences` replace those of the data recipe for this stage; `global_rope_theta` is that
+    of this stage and those after it (report: 640,000, and 5,000,000 from the long-context stage on).
     """
 
     name: str
@@ -213,11 +224,17 @@ class StageRecipe:
     sequence_aux_weight: float = 1e-5
     sources: tuple[SourceRecipe, ...] = ()
     extra_sources: tuple[SourceRecipe, ...] = ()
+    sequence_length: int | None = None
+    batch_sequences: int | None = None
+    global_rope_theta: float | None = None
 
     def __post_init__(self) -> None:
         weights = ("mtp_loss_weight", "bias_update_rate", "sequence_aux_weight")
+        sizes = ("sequence_length", "batch_sequences", "global_rope_theta")
         demand_numbers(
-            self, positive=("steps", "lr_start"), not_negative=("warmup_steps", "lr_end", "mtp_heads", *weights)
+            self,
+            positive=("steps", "lr_start", *sizes),
+            not_negative=("warmup_steps", "lr_end", "mtp_heads", *weights),
         )
         if not self.name:
             raise ConfigError("name is empty; give the stage a name")
@@ -301,8 +318,18 @@ class TrainRecipe:
         return start, self.optimizer.final_lr if stage.lr_end is None else stage.lr_end
 
     def data_of(self, stage: StageRecipe) -> DataRecipe:
-        """The data recipe with the sources that the stage trains on."""
-        return dataclasses.replace(self.data, sources=(stage.sources or self.data.sources) + stage.extra_sources)
+        """The data recipe with the sources and sizes that the stage trains on."""
+        return _changed(
+            self.data,
+            sources=(stage.sources or self.data.sources) + stage.extra_sources,
+            sequence_length=stage.sequence_length,
+            batch_sequences=stage.batch_sequences,
+        )
+
+    def global_rope_theta(self, stage: int) -> float | None:
+        """The global layers' rotary base in a stage (an index): what it or the last one before it says, or None."""
+        said = [each.global_rope_theta for each in self.stages[: stage + 1] if each.global_rope_theta is not None]
+        return said[-1] if said else None
 
 
 def _changed(config: _Config, **changes: object) -> _Config:

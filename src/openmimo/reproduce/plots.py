@@ -12,6 +12,7 @@ import numpy as np
 from openmimo.errors import RequestError
 from openmimo.evals.retrieval import RetrievalCell, prompt_lengths, retrieval_grid
 from openmimo.reproduce.acceptance_curve import REPORT_CURVE
+from openmimo.reproduce.attention import LEVELS, AttentionReport
 from openmimo.reproduce.figure6 import Figure6
 from openmimo.reproduce.figure7 import Figure7
 from openmimo.reproduce.numzeros import ZerosReport
@@ -192,6 +193,36 @@ def plot_retrieval(cells: Sequence[RetrievalCell], path: Path, native_tokens: in
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("tokens of a prompt" + (", times the native length" if native_tokens else ""))
     drawing.savefig(path, dpi=120)
+
+
+def plot_attention(report: AttentionReport, path: Path) -> None:
+    """Loss, domains and retrieval of every arm; bars and whiskers are means and sample deviations over the seeds."""
+    drawing, (left, middle, right) = _new_figures(3)
+    for place, result in enumerate(report.arms):
+        losses = [exam.loss for exam in result.exams]
+        left.errorbar(np.mean(losses), place, xerr=_deviation(losses), fmt="o", capsize=4)
+        shares_DS = np.array([[100 * exam.domains[domain] for exam in result.exams] for domain in DOMAINS])
+        width = 0.8 / len(report.arms)
+        x_D = np.arange(len(DOMAINS)) - 0.4 + (place + 0.5) * width
+        middle.bar(x_D, shares_DS.mean(1), width, yerr=[_deviation(line) for line in shares_DS.tolist()])
+        recalled_LS = np.array([[100 * exam.recalled(level) for exam in result.exams] for level in LEVELS])
+        times = [2**step for step in range(len(LEVELS))]
+        errors = [_deviation(line) for line in recalled_LS.tolist()]
+        right.errorbar(times, recalled_LS.mean(1), yerr=errors, marker="o", capsize=4, label=result.arm.name)
+    left.set_yticks(range(len(report.arms)), [result.arm.name for result in report.arms])
+    left.set_xlabel("held-out text, nats per token")
+    middle.set_xticks(range(len(DOMAINS)), DOMAINS)
+    middle.set_ylabel("right answers (%)")
+    right.set_xscale("log", base=2)
+    right.set_xlabel("times the native length")
+    right.set_ylabel("retrieval (%)")
+    right.legend(fontsize=8)
+    drawing.savefig(path, dpi=120)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Sample deviation, 0 of one value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _new_figure() -> tuple[Figure, Axes]:

@@ -28,7 +28,7 @@ from openmimo.train.run_folder import forget_later_metrics
 DOMAINS = ("math", "code", "logic")
 # In the package, so that an installed one has them; `recipes/` of the repository links there.
 RECIPES = Path(__file__).parents[1] / "recipes"
-PARTS = {"base": "demo.toml", "teacher": "teacher.toml", "student": "mopd.toml"}
+PARTS = {"base": "demo.toml", "teacher": "teacher.toml", "student": "mopd.toml", "long": "long-context.toml"}
 # Problems of an examination: other numbers than those that curves along a run are made of.
 EXAM_SEED, CURVE_SEED = 1_000, 2_000
 # At which answers are drawn: that of the rollouts, so a policy is judged by what it does.
@@ -45,11 +45,12 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class StoryRecipe:
-    """The recipes of the base, of any teacher, and of the student."""
+    """The recipes of the base, of any teacher, of the student, and of the models with a long context."""
 
     base: TrainRecipe
     teacher: RLRecipe
     student: RLRecipe
+    long: TrainRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ def load_story(overrides: Sequence[str] = (), *, seed: int = 0) -> StoryRecipe:
         base=load_recipe(RECIPES / PARTS["base"], by_part["base"], TrainRecipe),
         teacher=load_recipe(RECIPES / PARTS["teacher"], by_part["teacher"], RLRecipe),
         student=load_recipe(RECIPES / PARTS["student"], by_part["student"], RLRecipe),
+        long=load_recipe(RECIPES / PARTS["long"], by_part["long"], TrainRecipe),
     )
 
 

@@ -15,7 +15,7 @@ from openmimo.tasks.orderings import Ordering
 from openmimo.tasks.problem import Problem, Task, in_test, number_from
 from openmimo.tasks.programs import Predict, Synthesize
 from openmimo.tasks.python_programs import PythonFunction
-from openmimo.tasks.retrieval import AllNeedles, Needle, Needles, Pairs, Recall, Track
+from openmimo.tasks.retrieval import AllNeedles, Needle, Needles, Pairs, Recall, Recite, Track
 
 SPLITS = ("train", "test")
 MAX_REDRAWS = 10_000
@@ -27,7 +27,7 @@ def _registry() -> dict[str, tuple[Task, ...]]:
         Addition(), Subtraction(), Product(), Linear(), Chain(), GreatestDivisor(), Expand(),
         Predict(), Synthesize(), PythonFunction(),
         Circuit(), Ordering(), Knights(),
-        Needle(), Needles(), AllNeedles(), Track(), Pairs(), Recall(),
+        Needle(), Needles(), AllNeedles(), Track(), Pairs(), Recall(), Recite(),
     )  # fmt: skip
     names = dict.fromkeys(task.domain for task in everything)
     return {domain: tuple(task for task in everything if task.domain == domain) for domain in names}

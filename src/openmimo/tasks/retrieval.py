@@ -18,6 +18,19 @@ ACTIONS = ("sleeps", "sings", "waits", "runs", "hides", "plays")
 PLACES = ("by the pond", "in the barn", "near the road", "on the hill", "at the mill", "under the tree")
 
 
+# Words of one token each in a small vocabulary: many different ones, because a model with few keys and values to tell
+# apart learns them one by one instead of learning to look up.
+_WORD_LIST = (
+    "acid arch army aunt axle baby back ball band bank barn bath bead beam bear beer bell belt bird boat body "
+    "bolt bone book boot bowl cake calf camp cape cart cave chin city clay club coal coat coin cook copper cord "
+    "cork corn crab crow cube curl dawn deck deer desk dish dock door dove drum duck dust east edge face farm "
+    "fern film fire fish flag foam fork fort frog gate gift goat gold gull hail hall hand harp hawk hill hoof "
+    "horn ice inn iron jade jar jug kite knot lake lamb lamp leaf lime lion lock loom mask mast mill mint moon "
+    "moss nail nest north oak oar palm path peak pear pine"
+)
+WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
+
+
 def filler_sentence(rng: Random) -> str:
     """`The fox sleeps by the pond.`"""
     return f"The {pick(rng, SUBJECTS)} {pick(rng, ACTIONS)} {pick(rng, PLACES)}."
@@ -195,3 +208,33 @@ class Recall(Task):
         """The first values of the list."""
         values = [part.split()[0] for part in problem.prompt.split("=")[1:]]
         return [" ".join(values[: len(problem.answer.split())])]
+
+
+class Recite(Task):
+    """Pairs of words `moon harp,` which are asked for several times each: the densest lesson in looking things up.
+
+    4 pairs and 12 questions at level 1, twice as many pairs with every level. The answer is the last value.
+    """
+
+    name: ClassVar[str] = "recite"
+    domain: ClassVar[str] = "retrieval"
+    times_asked: ClassVar[int] = 3
+
+    def generate(self, rng: Random, level: int) -> Problem:
+        count = min(2 << level, len(WORDS) // 2)
+        words = draw(rng, WORDS, 2 * count)
+        value = dict(zip(words[::2], words[1::2], strict=True))
+        names = list(value)
+        asked = [pick(rng, names) for _ in range(self.times_asked * count)]
+        return self.problem(
+            f"pairs: {', '.join(f'{name} {word}' for name, word in value.items())}\nask: {' '.join(asked)}",
+            [f"so {', '.join(f'{name} {value[name]}' for name in asked)}"],
+            value[asked[-1]],
+            level=level,
+            key=" ".join(sorted(f"{name}={word}" for name, word in value.items())),
+        )
+
+    def guesses(self, problem: Problem) -> Sequence[str]:
+        """The first and the last value of the list."""
+        words = problem.prompt.removeprefix("pairs: ").partition("\n")[0].replace(",", "").split()
+        return [words[1], words[-1]]

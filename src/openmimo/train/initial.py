@@ -31,7 +31,11 @@ def initial_model(
         return cast_model(model, dtype).to(device)
     heads = recipe.stages[0].mtp_heads if saved_heads is None else saved_heads
     config = _fitted(config, recipe.model.vocab_size, tokenizer).replace(num_mtp_heads=heads)
-    return build_model(config, seed=recipe.seed, dtype=dtype).to(device)
+    model = build_model(config, seed=recipe.seed, dtype=dtype)
+    if recipe.model.embedding_std is not None:
+        with torch.no_grad():
+            model.embed_tokens.weight.mul_(recipe.model.embedding_std / config.init_std)
+    return model.to(device)
 
 
 def _loaded(folder: str, config: ModelConfig, tokenizer: Tokenizer) -> MiMoModel:

@@ -132,6 +132,7 @@ class _Run:
             saved_heads=None if saved is None else saved[2],
         )
         self.model.recompute = recipe.recompute
+        self._set_rope_theta(0 if saved is None else min(saved[0].stage, len(recipe.stages) - 1))
         self._divide()
         self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer, ranks)
         if saved is not None:
@@ -324,7 +325,14 @@ class _Run:
             self._divide()
             self.optimizer = MasterAdamW.from_recipe(self.model, self.recipe.optimizer, self.ranks)
             self.optimizer.load_state_tensors(known, partial=True)
+        self._set_rope_theta(index)
         self.progress = replace(self.progress, stage=index)
+
+    def _set_rope_theta(self, index: int) -> None:
+        """The global layers' rotary base is what the stages so far say; passes read it from the configuration."""
+        theta, config = self.recipe.global_rope_theta(index), self.model.config
+        if theta is not None:
+            self.model.config = config.replace(global_attention=replace(config.global_attention, rope_theta=theta))
 
     def _save_checkpoint(self) -> Path:
         return save_progress(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from openmimo.config.io import write_model_config
-from openmimo.config.model import preset
+from openmimo.config.model import AttentionKind, preset
 from openmimo.config.recipe import load_recipe, to_toml
 from openmimo.config.train import ModelRecipe, OptimizerRecipe, StageRecipe, TokenizerRecipe, TrainRecipe
 from openmimo.errors import ConfigError
@@ -68,6 +68,24 @@ def test_stages_take_rates_and_sources_from_the_run_unless_they_say(tmp_path: Pa
     assert recipe.learning_rates(second) == (1e-5, 1e-5)
     assert recipe.data_of(first) == recipe.data
     assert recipe.data_of(second) == dataclasses.replace(recipe.data, sources=second.sources)
+    assert [recipe.global_rope_theta(stage) for stage in (0, 1)] == [None, None]
+
+
+def test_stages_extend_the_context(tmp_path: Path) -> None:
+    """Catches a stage that keeps the native length or rotary base, or that gives its own to the stages before it."""
+    sizes = ("stages.0.global_rope_theta=1e4", "stages.1.sequence_length=512", "stages.1.batch_sequences=2")
+    recipe = load(tmp_path, *sizes, "stages.1.global_rope_theta=8e4")
+    first, second = (recipe.data_of(stage) for stage in recipe.stages)
+    assert (first.sequence_length, first.batch_sequences) == (recipe.data.sequence_length, recipe.data.batch_sequences)
+    assert (second.sequence_length, second.batch_sequences) == (512, 2)
+    assert [recipe.global_rope_theta(stage) for stage in (0, 1)] == [1e4, 8e4]
+    assert load(tmp_path, sizes[0]).global_rope_theta(1) == 1e4
+
+
+def test_all_global_leaves_nothing_sliding_but_the_heads(tmp_path: Path) -> None:
+    config = load(tmp_path, "model.all_global=true").model.resolve()
+    assert set(config.layer_kinds) == {AttentionKind.GLOBAL}
+    assert config.sliding_attention == preset("nano").sliding_attention
 
 
 @pytest.mark.parametrize(
@@ -86,6 +104,8 @@ def test_stages_take_rates_and_sources_from_the_run_unless_they_say(tmp_path: Pa
         ("data.sources.0.levels=[]", "levels"),
         ("data.sources.0.split=trian", "did you mean 'train'"),
         ("data.sequence_length=0", "above 0"),
+        ("stages.1.sequence_length=0", "above 0"),
+        ("stages.1.global_rope_theta=0", "above 0"),
         ("stages=[]", "at least one"),
         ("stages.1.name=pretrain", "its own name"),
         ("stages.0.steps=5", "warmup_steps=10 exceeds"),

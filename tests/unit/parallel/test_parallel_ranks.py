@@ -14,6 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_cases import (
+    ENVIRONMENT,
+    RECIPE,
+    STEPS,
+    WORKER,
+    children,
+    torchrun,
+    torchrun_command,
+    train_command,
+    train_on,
+)
 from safetensors.torch import load_file
 
 from openmimo.checkpoint.training_state import checkpoint_dirs
@@ -22,76 +33,8 @@ from openmimo.config.train import TrainRecipe
 from openmimo.errors import ConfigError
 from openmimo.train.loop import train
 
-RECIPE = """
-name = "ranks"
-seed = 3
-threads = 1
-precision = "fp32"
-[model]
-preset = "nano"
-[tokenizer]
-vocab_size = 400
-train_documents = 60
-[data]
-sequence_length = 64
-batch_sequences = 8
-[[data.sources]]
-kind = "task"
-domain = "math"
-[[data.sources]]
-kind = "task"
-domain = "logic"
-[checkpoint]
-every_steps = 4
-keep = 4
-[log]
-every_steps = 1
-[optimizer]
-peak_lr = 3e-3
-[[stages]]
-name = "pretrain"
-steps = 6
-mtp_heads = 1
-[[stages]]
-name = "sft"
-kind = "sft"
-steps = 8
-mtp_heads = 3
-"""
-STEPS = 14
 # Number of processes, and of those that divide the experts.
 LAYOUTS = [(2, 1), (4, 2)]
-WORKER = Path(__file__).parent / "ranks_worker.py"
-
-
-def torchrun(size: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
-
-
-def train_on(size: int, recipe: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return torchrun(
-        size,
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "openmimo",
-        "train",
-        "pretrain",
-        str(recipe),
-        "--out",
-        str(out),
-        *options,
-    )
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def losses(run_dir: Path) -> list[tuple[float, ...]]:
@@ -152,9 +95,7 @@ def test_a_checkpoint_is_the_same_bits_for_any_number_of_ranks(folder: Path, wri
                 [sys.executable, str(WORKER), str(step), str(target), "1"], check=False, capture_output=True, text=True
             )
         else:
-            done = torchrun(
-                size, "--master-port", str(free_port()), str(WORKER), str(step), str(target), str(expert_ranks)
-            )
+            done = torchrun(size, str(WORKER), str(step), str(target), str(expert_ranks))
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(load_file(target))
     assert any(name.startswith("adamw.exp_avg_sq.mtp_heads.2") for name in found[0])
@@ -182,26 +123,19 @@ def test_a_run_goes_on_with_other_ranks(folder: Path, size: int, expert_ranks: i
 def test_a_killed_rank_ends_the_run_and_a_bad_checkpoint_is_passed_over(folder: Path, tmp_path: Path) -> None:
     """Catches ranks that wait for ever for one that is gone, and a part that is trusted although one bit is wrong."""
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command += ["-m", "openmimo", "train", "pretrain", str(folder / "recipe.toml"), "--out", str(out)]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        torchrun_command(2, *train_command(folder / "recipe.toml", out)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
     )
     while len(checkpoint_dirs(out / "checkpoints")) < 2:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
+    ranks = children(process.pid)
+    if not ranks:
         pytest.skip("this system does not tell a process's children")
-    os.kill(int(random.Random(0).choice(children.read_text().split())), 9)
+    os.kill(random.Random(0).choice(ranks), 9)
     assert process.wait(120) != 0
     newest = checkpoint_dirs(out / "checkpoints")[-1]
     part = next((newest / "training_state").glob("shard-00002-*"))

@@ -179,6 +179,21 @@ def test_recall_answers_are_the_pairs_asked_for() -> None:
         assert problem.answer.split() == [table[person] for person in question.split(", ")]
 
 
+@pytest.mark.parametrize("level", [1, 2, 5])
+def test_recite_states_the_value_of_every_name_asked_for(level: int) -> None:
+    """Catches a value of another name, a name that is also a value, and fewer pairs than the level has."""
+    problem = sample_problem("retrieval", split="train", level=level, seed=3, index=level, task="recite")
+    pairs, _, question = problem.prompt.removeprefix("pairs: ").partition("\nask: ")
+    table = dict(pair.split() for pair in pairs.split(", "))
+    assert len(table) == min(2 << level, 58)
+    assert not set(table) & set(table.values())
+    names = question.split()
+    assert len(names) == 3 * len(table)
+    stated = problem.solution.splitlines()[0].removeprefix("so ").split(", ")
+    assert stated == [f"{name} {table[name]}" for name in names]
+    assert problem.answer == table[names[-1]]
+
+
 def test_unknown_names_get_a_hint() -> None:
     """Catches errors without the nearest name, or none at all."""
     ask = {"split": "train", "level": 1, "seed": 0, "index": 0}

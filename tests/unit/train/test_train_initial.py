@@ -105,3 +105,14 @@ def test_a_single_file_gives_the_tokenizer_more_than_its_beginning(tmp_path: Pat
     recipe = recipe_of(ModelRecipe(preset="nano"), data=data)
     made = tokenizer_for(recipe, tmp_path / "tokenizer")
     assert len(made.encode(" rhubarb")) <= 2
+
+
+def test_embeddings_have_a_deviation_of_their_own(tokenizer: Tokenizer) -> None:
+    """Catches a scale that reaches other weights, or that the draws depend on."""
+    plain = initial(recipe_of(ModelRecipe(preset="nano", init_std=0.04)), tokenizer).state_dict()
+    wide = initial(recipe_of(ModelRecipe(preset="nano", init_std=0.04, embedding_std=0.4)), tokenizer).state_dict()
+    torch.testing.assert_close(wide.pop("embed_tokens.weight"), 10 * plain.pop("embed_tokens.weight"))
+    for name, tensor in plain.items():
+        assert torch.equal(wide[name], tensor), name
+    with pytest.raises(ConfigError, match="is for random weights, but folder is set"):
+        ModelRecipe(folder="x", embedding_std=0.4)

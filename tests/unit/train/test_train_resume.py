@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from openmimo.config.model import ModelConfig
 from openmimo.config.recipe import load_recipe
 from openmimo.config.train import TrainRecipe
 from openmimo.errors import CheckpointError, TrainingError
@@ -53,6 +55,9 @@ name = "sft"
 kind = "sft"
 steps = 12
 mtp_heads = 3
+sequence_length = 128
+batch_sequences = 2
+global_rope_theta = 6e5
 [[stages.sources]]
 kind = "task"
 domain = "logic"
@@ -98,6 +103,24 @@ def test_killed_at_five_random_points_ends_with_the_same_weights(recipe_path: Pa
     assert weights_hash(killed) == weights_hash(tmp_path / "whole")
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 27))
+    assert trained_theta(killed) == 6e5  # the last stage's, not the preset's
+
+
+def trained_theta(run_dir: Path) -> float:
+    return ModelConfig.from_pretrained(run_dir / "model").global_attention.rope_theta
+
+
+def test_a_finished_run_resumed_keeps_its_last_rotary_base(recipe_path: Path, tmp_path: Path) -> None:
+    """Catches a base that is set only when a stage begins, so that a run resumed behind its last stage loses it."""
+    out = tmp_path / "run"
+    short = ["stages.0.steps=2", "stages.0.warmup_steps=0", "stages.1.steps=2"]
+    recipe = load_recipe(recipe_path, short, TrainRecipe)
+    loop.train(recipe, out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["tokens"] - rows[1]["tokens"] <= 2 * 2 * 128
+    shutil.rmtree(out / "model")
+    loop.train(recipe, out, resume=True)
+    assert trained_theta(out) == 6e5
 
 
 def _has_reached(run_dir: Path, step: int) -> bool:

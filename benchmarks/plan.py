@@ -1,0 +1,147 @@
+"""`openmimo plan` beside what is: bytes of weights and caches, a decoding step's time, and bytes of a training step.
+
+    python benchmarks/plan.py --presets tiny small medium --train tiny small
+
+Each measurement has a process of its own. Bytes are what its resident set grew by from before the model was opened (or
+made, for training) to the peak behind it. Time is the median of decoding steps at batch 1 behind a prompt; the plan's
+comes from the speed of this machine's memory, products and layers, measured in the same minute. Prints a table, then
+one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import describe_machine, print_result, print_table, resident_peak
+from openmimo.config.model import preset
+from openmimo.evals.bench_models import prepare_models
+from openmimo.evals.bench_target import TargetSpec, open_target
+from openmimo.evals.this_machine import measure_here
+from openmimo.model import build_model
+from openmimo.planning.devices import Fleet
+from openmimo.planning.serving import Replica
+from openmimo.planning.training import training_memory
+from openmimo.train.memory import keep_freed_memory
+from openmimo.train.optimizer import MasterAdamW
+from openmimo.train.step import StepSettings, train_step
+
+SERVED, TRAINED = "served", "trained"
+STEPS, ROUNDS = 32, 7
+
+
+def serve(name: str, folder: Path, context: int, threads: int) -> dict[str, float]:
+    """Bytes of an opened model with one sequence's cache, and seconds of a step; the plan's for both."""
+    device = measure_here(1e12, threads)
+    gc.collect()
+    before = resident_now()
+    target = open_target(TargetSpec(kind="openmimo", path=folder, weights="bf16", threads=threads))
+    ids = random.Random(0).choices(range(preset(name).vocab_size), k=context + STEPS)
+    target.start([ids[:context]], room=(ROUNDS + 1) * STEPS)
+    seconds = [target.decode([[token] for token in ids[:STEPS]]) / STEPS for _ in range(ROUNDS + 1)]
+    replica = Replica(preset(name), Fleet(device=device, count=1))
+    room = context + (ROUNDS + 1) * STEPS
+    return {
+        "bytes": resident_now() - before,
+        "planned_bytes": replica.weight_bytes() + replica.sequence_bytes(room),
+        "seconds": statistics.median(seconds[1:]),
+        "planned_seconds": replica.decode_step(1, context + room // 2 - context // 2).seconds,
+    }
+
+
+def train(name: str, length: int, threads: int, recompute: bool) -> dict[str, float]:
+    """Bytes of two training steps at their peak, and the plan's."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    step(preset("nano"), 64, recompute)  # the libraries' own buffers
+    gc.collect()
+    before = resident_now()
+    config = preset(name).replace(num_mtp_heads=1)
+    step(config, length, recompute)
+    plan = training_memory(
+        config, devices=1, expert_ranks=1, tokens_per_device=length, mtp_heads=1, recompute=recompute
+    )
+    return {"bytes": resident_peak() - before, "planned_bytes": plan.total}
+
+
+def step(config: Any, length: int, recompute: bool) -> None:
+    model = build_model(config, dtype=torch.bfloat16).train()
+    model.recompute = recompute
+    optimizer = MasterAdamW(model.named_parameters())
+    settings = StepSettings(
+        num_mtp_heads=config.num_mtp_heads, mtp_weight=0.3, balance_weight=1e-5, bias_update_rate=1e-3
+    )
+    ids_BT = torch.randint(0, config.vocab_size, (1, length))
+    documents_BT = torch.zeros(1, length, dtype=torch.int32)
+    positions_BT = torch.arange(length, dtype=torch.int32)[None]
+    for _ in range(2):
+        train_step(
+            model,
+            optimizer,
+            ids_BT,
+            documents_BT,
+            positions_BT,
+            documents_BT == 0,
+            learning_rate=1e-4,
+            settings=settings,
+        )
+
+
+def resident_now() -> int:
+    """Bytes of this process's resident set."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def alone(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """The result of a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="*", default=["tiny", "small", "medium"])
+    parser.add_argument("--train", nargs="*", default=["tiny", "small"])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--train-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    rows: list[tuple[str, str, str]] = []
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.presets:
+            print(f"{name}: served", file=sys.stderr)
+            folder = prepare_models(name, "bf16", ["openmimo"], Path(scratch))["openmimo"]
+            alone(serve, name, folder, 64, options.threads)  # packs the weights, once
+            found[f"{name} {SERVED}"] = alone(serve, name, folder, options.context, options.threads)
+    for name in options.train:
+        for recompute in (False, True):
+            key = f"{name} {TRAINED}, {options.train_tokens} tokens{', recomputed' if recompute else ''}"
+            print(key, file=sys.stderr)
+            found[key] = alone(train, name, options.train_tokens, options.threads, recompute)
+    for key, figures in found.items():
+        rows.append((f"{key}: memory", *_compared(figures, "bytes", 1e6, "MB")))
+        if "seconds" in figures:
+            rows.append((f"{key}: a decoding step", *_compared(figures, "seconds", 1e-3, "ms")))
+    print_table(("", "plan", "measured, and over the plan"), rows)
+    print_result("plan", describe_machine(), {"context": options.context, "figures": found})
+
+
+def _compared(figures: dict[str, float], key: str, unit: float, name: str) -> tuple[str, str]:
+    planned, measured = figures[f"planned_{key}"], figures[key]
+    return f"{planned / unit:,.2f} {name}", f"{measured / unit:,.2f} {name}, {measured / planned - 1:+.0%}"
+
+
+if __name__ == "__main__":
+    main()
