@@ -233,6 +233,71 @@ def numzeros_rows() -> Rows:
     ]
 
 
+def ablation_rows() -> Rows:
+    """Arms of attention: held-out loss, retrieval at the ends, bytes; and what the sink changes."""
+    found = read("ablation")
+    if found is None:
+        return []
+    command = "`openmimo reproduce attention`"
+    rows: Rows = []
+    whole = found["arms"][0]["speeds"]
+    for name, arm in zip(found["arm_names"], found["arms"], strict=True):
+        exams = arm["exams"]
+        by_level = {level: [] for level in sorted({cell["level"] for cell in exams[0]["retrieval"]})}
+        for exam in exams:
+            for cell in exam["retrieval"]:
+                by_level[cell["level"]].append(cell["accuracy"])
+        shares = ", ".join(f"{mean(values):.1%}" for values in by_level.values())
+        loss = f"{mean(exam['loss'] for exam in exams):.3f}"
+        ratios = [
+            first["cache_bytes"] / speed["cache_bytes"] for first, speed in zip(whole, arm["speeds"], strict=True)
+        ]
+        kept = ", ".join(
+            f"{ratio:.2f}x fewer bytes at {speed['tokens']:,}"
+            for ratio, speed in zip(ratios, arm["speeds"], strict=True)
+        )
+        figure = f"retrieval at 1, 2, 4, 8x {shares}; held-out text {loss} nats; {kept}"
+        rows.append((f"attention: {name}, {len(exams)} seeds", command, figure))
+    changes = ", ".join(
+        f"{value} {difference:+.4f} +-{error:.4f}"
+        for value in ("loss", "domains")
+        for _, difference, error in found["sink_minus_none"][value]
+    )
+    rows.append(("attention: what the sink changes, seed by seed", command, changes))
+    return rows
+
+
+def ranks_rows() -> Rows:
+    """Training on several processes beside one."""
+    found = read("ranks")
+    if found is None:
+        return []
+    command = "`python benchmarks/ranks.py`"
+    worst = ", ".join(f"{name} {apart:.0e}" for name, (apart, _) in found["layouts"].items())
+    bits = "the same bits" if all(same for _, same in found["layouts"].values()) else "OTHER BITS"
+    disk = "; ".join(f"{name}: {text}" for name, (text, _) in found["disk"].items())
+    return [
+        ("training on 2 and 4 processes beside one: losses and gradient norms apart", command, f"{worst}; {bits} read"),
+        ("killed ranks, resumed", command, f"{found['kills']:.0e} apart at the end"),
+        ("flipped bits of a checkpoint", command, f"{found['flips']} not seen"),
+        ("a full disk; a truncated part", command, disk),
+    ]
+
+
+def plan_rows() -> Rows:
+    """`openmimo plan` beside what was measured."""
+    found = read("plan")
+    if found is None:
+        return []
+    rows: Rows = []
+    for name, figures in found["figures"].items():
+        parts = [f"memory {figures['bytes'] / figures['planned_bytes'] - 1:+.0%}"]
+        if "seconds" in figures:
+            parts.append(f"time of a decoding step {figures['seconds'] / figures['planned_seconds'] - 1:+.0%}")
+        rows.append((f"measured over planned, {name}", "`python benchmarks/plan.py`", ", ".join(parts)))
+    return rows
+
+
 def grpo_rows() -> Rows:
     """A step of reinforcement learning beside TRL's trainer."""
     rows: Rows = []
@@ -283,6 +348,9 @@ def main() -> None:
         ("numzeros", numzeros_rows),
         ("grpo_step*", grpo_rows),
         ("r3", r3_rows),
+        ("ablation", ablation_rows),
+        ("ranks", ranks_rows),
+        ("plan", plan_rows),
     ):
         rows += machines.mark(made(), name)
     for preset in ("tiny", "small"):

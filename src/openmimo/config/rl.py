@@ -205,6 +205,8 @@ class RLRecipe:
             raise ConfigError(f"device={self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
         if not self.sources:
             raise ConfigError("sources is empty; add at least one [[sources]]")
+        if self.precision is Precision.FP8:
+            raise ConfigError("precision='fp8' is for pre-training and fine-tuning; post-training takes bf16 or fp32")
         if self.rollout.exact and self.precision is Precision.BF16:
             raise ConfigError("rollout.exact=true needs precision 'fp32' (or 'auto'), got 'bf16'")
         self._check_teachers()

@@ -55,12 +55,14 @@ class Schedule(StrEnum):
 class Precision(StrEnum):
     """Number format of the forward and backward pass; master weights are fp32 either way.
 
-    `auto` is bf16 where the processor multiplies it in hardware, fp32 elsewhere.
+    `auto` is bf16 where the processor multiplies it in hardware, fp32 elsewhere. `fp8` is bf16 with FP8 products
+    (extra `fp8`); what the report keeps in bf16 stays so.
     """
 
     AUTO = "auto"
     BF16 = "bf16"
     FP32 = "fp32"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)

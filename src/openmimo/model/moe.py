@@ -127,6 +127,8 @@ def _sum_choices(x_Nk: Tensor) -> Tensor:
 
 
 ExchangeExperts = Callable[["Experts", Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (rows, weights (E, in, out), each group's end) -> rows, as `grouped_product`.
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Passes over a weight that is copied and multiplied, against one that is only multiplied.
 COPY_COST = 3
@@ -139,10 +141,11 @@ class Experts(HasInvariantForm, nn.Module):
     start at a multiple of `ROW_MULTIPLE`, so that matrix products come in few sizes: libraries that generate code
     per size (oneDNN) would otherwise spend more time on that than on the product, as loads change every step.
     With `exchange`, (experts, x, chosen experts, weights) -> the same result, that takes the place of all this: callers
-    that keep other experts elsewhere bring one.
+    that keep other experts elsewhere bring one. `product` takes the place of the products alone.
     """
 
     exchange: ExchangeExperts | None = None
+    product: GroupedProduct | None = None
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
@@ -158,7 +161,7 @@ class Experts(HasInvariantForm, nn.Module):
         if self.exchange is not None:
             return self.exchange(self, x_ND, experts_Nk, weights_Nk)
         weights = (self.gate_up_proj, self.down_proj)
-        return run_experts(x_ND, experts_Nk, weights_Nk, *weights, is_invariant=self.invariant)
+        return run_experts(x_ND, experts_Nk, weights_Nk, *weights, is_invariant=self.invariant, product=self.product)
 
     def _static(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> tuple[Tensor, Tensor]:
         """The same for few tokens, with nothing that depends on the choices but values.
@@ -190,9 +193,10 @@ def run_experts(
     down_proj_EDF: Tensor,
     *,
     is_invariant: bool = False,
+    product: GroupedProduct | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts' weighted sum for each token, (N, D), and the number of tokens of each expert, (E,)."""
-    if experts_usable(x_ND, down_proj_EDF) and not is_invariant:
+    if experts_usable(x_ND, down_proj_EDF) and not is_invariant and product is None:
         return fused_experts(x_ND, experts_Nk, weights_Nk, gate_up_proj_E2FD, down_proj_EDF)
     num_experts, top_k = down_proj_EDF.shape[0], experts_Nk.shape[1]
     place_M, ends_E, tokens_per_expert_E = expert_rows(experts_Nk, num_experts)
@@ -202,8 +206,9 @@ def run_experts(
         hidden_PF = swiglu(invariant.grouped_product(x_PD, gate_up_proj_E2FD, ends_E), is_invariant=True)
         y_PD = invariant.grouped_product(hidden_PF, down_proj_EDF, ends_E)
     else:
-        hidden_PF = swiglu(grouped_product(x_PD, gate_up_proj_E2FD.transpose(1, 2), ends_E))
-        y_PD = grouped_product(hidden_PF, down_proj_EDF.transpose(1, 2), ends_E)
+        product = product or grouped_product
+        hidden_PF = swiglu(product(x_PD, gate_up_proj_E2FD.transpose(1, 2), ends_E))
+        y_PD = product(hidden_PF, down_proj_EDF.transpose(1, 2), ends_E)
     y_NkD = y_PD.index_select(0, place_M).unflatten(0, (-1, top_k))
     y_NkD = y_NkD * weights_Nk[..., None].to(y_NkD.dtype)
     return _sum_choices(y_NkD) if is_invariant else y_NkD.sum(1), tokens_per_expert_E

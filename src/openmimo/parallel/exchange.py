@@ -48,7 +48,7 @@ class ExpertExchange:
         rows_MD, ids_M1 = F.pad(rows_MD, (0, 0, 0, 1)), F.pad(ids_M, (0, 1))[:, None]
         weights_M1 = torch.ones(ids_M1.shape, dtype=torch.float32, device=rows_MD.device)
         gate_up, down = self._weight(experts.gate_up_proj), self._weight(experts.down_proj)
-        return run_experts(rows_MD, ids_M1, weights_M1, gate_up, down)[0][:-1]
+        return run_experts(rows_MD, ids_M1, weights_M1, gate_up, down, product=experts.product)[0][:-1]
 
     def _weight(self, weight: Tensor) -> Tensor:
         """This rank's experts. Tokens of all ranks meet here, so a gradient is their sum where others are a mean."""

@@ -33,7 +33,7 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of forward and backward; `auto` takes bf16 where the device multiplies it natively."""
     if precision is Precision.AUTO:
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    return torch.float32 if precision is Precision.FP32 else torch.bfloat16
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from rich.console import Console
 from openmimo.checkpoint import save_model
 from openmimo.config.cost import training_flops
 from openmimo.config.recipe import to_toml
-from openmimo.config.train import DataRecipe, ParallelRecipe, StageRecipe, TrainRecipe
+from openmimo.config.train import DataRecipe, ParallelRecipe, Precision, StageRecipe, TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.data.packing import Batch
 from openmimo.errors import ConfigError, TrainingError
@@ -157,7 +157,11 @@ class _Run:
         tokenizer_for(self.recipe, self.run_dir / "tokenizer")
 
     def _divide(self) -> None:
-        """Divide a whole model among the ranks."""
+        """Make a whole model's products FP8 if the recipe says so, and divide it among the ranks."""
+        if self.recipe.precision is Precision.FP8:
+            from openmimo.train.fp8 import use_fp8
+
+            use_fp8(self.model, self.device)
         if self.ranks is not None:
             from openmimo.parallel.sharding import shard_model
 
