@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +65,7 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=1000)
     options = parser.parse_args()
     parts = options.parts or PARTS
+    logging.getLogger("openmimo").setLevel(logging.ERROR)  # each damaged checkpoint is a warning
     figures: dict[str, Any] = {}
     rows: list[tuple[str, str, bool]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,12 +193,10 @@ class Ranks:
             codes = [line for line in done.stdout.splitlines() if line.startswith("rc ")]
             kept = before.name in done.stdout
             equal = losses(out) == losses(self.alone / "metrics.jsonl")
-            said = next((line for line in text.splitlines() if "space" in line), "nothing was said")
-            good = codes[0] != "rc 0" and codes[1] == "rc 0" and kept and equal and "space" in said
-            found["full disk"] = (
-                f"{said.strip()[:90]}; then resumed to {'the same' if equal else 'other'} losses",
-                good,
-            )
+            said = re.search(r"No space[^;\n]*", " ".join(text.split()))
+            good = codes[0] != "rc 0" and codes[1] == "rc 0" and kept and equal and said is not None
+            words = said[0] if said else "nothing was said of space"
+            found["full disk"] = (f"{words}; then resumed to {'the same' if equal else 'other'} losses", good)
         found["truncated part"] = self.truncated()
         return found
 

@@ -160,12 +160,32 @@ def mtp_rows(found: dict[str, Any]) -> Rows:
         )
         rows.append(
             (
-                f"drafting, a demo model of an earlier recipe, without guesses, {work}",
+                f"drafting, demo model, {work}",
                 "`openmimo bench mtp --model RUN --against llama.cpp`",
                 figure,
             )
         )
     return rows
+
+
+def table10_rows() -> Rows:
+    """Speed-up by batch, for each number of tokens per step."""
+    found = read("table10")
+    if found is None:
+        return []
+    lines: dict[str, list[str]] = {}
+    for cell in found["cells"]:
+        wanted = cell["wanted"]
+        name = f"{wanted:g} tokens per step" if wanted is not None else f"own heads, {cell['prompts']}"
+        lines.setdefault(name, []).append(f"{cell['speedup']:.2f}x at {cell['batch']}")
+    return [
+        (
+            f"Table 10, demo model: speed-up by drafts, {name}",
+            "`openmimo reproduce table10 --model RUN`",
+            ", ".join(line),
+        )
+        for name, line in lines.items()
+    ]
 
 
 def context_rows() -> Rows:
@@ -358,6 +378,7 @@ def main() -> None:
     rows += machines.mark(attention_rows(), "attention")
     for path in sorted(RESULTS.glob("bench-*.json")):
         rows += machines.mark(bench_rows(path), path.stem)
+    rows += machines.mark(table10_rows(), "table10")
     rows += machines.mark(context_rows(), "context")
     rows += machines.mark(fuzz_rows(), "checkpoint_fuzz")
     for name, head in HEADS.items():

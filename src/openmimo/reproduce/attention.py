@@ -33,11 +33,11 @@ from openmimo.evals.accuracy import evaluate_domains
 from openmimo.evals.bench_target import TargetSpec, open_target
 from openmimo.evals.measuring import reported_in_turns
 from openmimo.evals.retrieval import RetrievalCell, measure_retrieval
-from openmimo.model import MiMoModel, cast_model
+from openmimo.model import cast_model
 from openmimo.reproduce.story import DOMAINS, EXAM_SEED, FinishedRun, Scores, Story, StoryRecipe, mean, models_mark
 from openmimo.text import Tokenizer
 from openmimo.train.device import compute_dtype, pick_device, to_device
-from openmimo.train.losses import language_model_losses
+from openmimo.train.step import evaluate
 from openmimo.train.tokenizer import tokenizer_for
 
 # Retrieval at 1, 2, 4 and 8 times the text of native training.
@@ -299,7 +299,6 @@ def _examine(story: Story, run: FinishedRun, num_problems: int, threads: int) ->
     return exam
 
 
-@torch.no_grad()
 def held_out_loss(folder: Path, recipe: TrainRecipe) -> float:
     """Nats per token of text that no recipe trains on, this package's own sources, in rows of the extended length."""
     device = pick_device(recipe.device)
@@ -310,16 +309,9 @@ def held_out_loss(folder: Path, recipe: TrainRecipe) -> float:
     losses: list[tuple[float, int]] = []
     with build_loader(data, Tokenizer.load(folder), seed=0, stage="pretrain") as loader:
         for _ in range(HELD_OUT_ROWS):
-            losses.append(_row_loss(model, to_device(next(loader), device)))
+            found = evaluate(model, to_device(next(loader), device))
+            losses.append((float(found.next_token), found.num_targets))
     return sum(loss * targets for loss, targets in losses) / sum(targets for _, targets in losses)
-
-
-def _row_loss(model: MiMoModel, batch: Any) -> tuple[float, int]:
-    output = model(batch.token_ids_BT, position_ids_BT=batch.position_ids_BT, document_ids_BT=batch.document_ids_BT)
-    losses = language_model_losses(
-        output, batch.document_ids_BT, batch.loss_mask_BT, num_mtp_heads=0, mtp_weight=0.0, balance_weight=0.0
-    )
-    return float(losses.next_token), losses.num_targets
 
 
 def _speeds(folders: Mapping[Arm, Path], lengths: Sequence[int], rounds: int) -> dict[Arm, tuple[ArmSpeed, ...]]:

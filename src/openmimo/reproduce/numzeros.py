@@ -14,13 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from openmimo.checkpoint import load_model
 from openmimo.config.train import DataRecipe, SourceKind, SourceRecipe, TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.data.loader import BatchLoader
-from openmimo.data.packing import Batch
 from openmimo.kernels.optimizer import gradient_norm
 from openmimo.model import MiMoModel, cast_model
 from openmimo.reproduce.story import DOMAINS, Story
@@ -29,10 +26,9 @@ from openmimo.tasks import sample_problem
 from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train import monitors
 from openmimo.train.device import compute_dtype, pick_device, to_device
-from openmimo.train.losses import language_model_losses
 from openmimo.train.memory import keep_freed_memory
 from openmimo.train.optimizer import MasterAdamW
-from openmimo.train.step import StepSettings, train_step
+from openmimo.train.step import StepSettings, evaluate, train_step
 
 CONTROL, IMBALANCE, OVERFIT = "control", "forced imbalance", "over-fitting"
 ARMS = (CONTROL, IMBALANCE, OVERFIT)
@@ -203,7 +199,7 @@ def _run(
             if found:
                 alerts.append((step + 1, found))
             if step % WINDOW == 0 or step == steps - 1:
-                tests.append((step + 1, _loss(model, probe)))
+                tests.append((step + 1, float(evaluate(model, probe).next_token)))
     arm = ZerosArm(
         name=name,
         num_zeros=tuple(zeros),
@@ -239,16 +235,6 @@ def _counting_seconds(model: MiMoModel, optimizer: MasterAdamW) -> float:
 
 def _loader(recipe: DataRecipe, tokenizer: Tokenizer, seed: int) -> BatchLoader:
     return build_loader(recipe, tokenizer, seed=seed, stage="sft", template=ChatTemplate(tokenizer))
-
-
-@torch.no_grad()
-def _loss(model: MiMoModel, batch: Batch) -> float:
-    """Next-token loss on a batch's answers."""
-    output = model(batch.token_ids_BT, position_ids_BT=batch.position_ids_BT, document_ids_BT=batch.document_ids_BT)
-    losses = language_model_losses(
-        output, batch.document_ids_BT, batch.loss_mask_BT, num_mtp_heads=0, mtp_weight=0.0, balance_weight=0.0
-    )
-    return float(losses.next_token)
 
 
 def _write_conversations(path: Path, number: int, seed: int) -> None:

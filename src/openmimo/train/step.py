@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from openmimo.data.packing import Batch
 from openmimo.model import MiMoModel
 from openmimo.model.moe import update_balance_bias
 from openmimo.train.losses import Losses, language_model_losses
@@ -76,6 +77,15 @@ def train_step(
         for router, load_E in zip(model.routers(), load_LE, strict=True):
             update_balance_bias(router, load_E, settings.bias_update_rate)
     return StepResult(losses, grad_norm, load_LE, applied)
+
+
+@torch.no_grad()
+def evaluate(model: MiMoModel, batch: Batch) -> Losses:
+    """The main model's next-token loss on a batch; nothing is trained."""
+    output = model(batch.token_ids_BT, position_ids_BT=batch.position_ids_BT, document_ids_BT=batch.document_ids_BT)
+    return language_model_losses(
+        output, batch.document_ids_BT, batch.loss_mask_BT, num_mtp_heads=0, mtp_weight=0.0, balance_weight=0.0
+    )
 
 
 def _of_all(losses: Losses, ranks: Ranks) -> Losses:
