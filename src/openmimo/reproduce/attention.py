@@ -1,9 +1,8 @@
 """Tables 2 and 3 of the report in small: what the width of the window and the sink change, beside global layers only.
 
 Every arm is the same recipe (`recipes/long-context.toml`: a native length, then eight times as much with another rotary
-base), the same data and the same number of tokens; the layers' attention alone differs. The report's window of 128 is a
-250th of its native 32k tokens; a window that small a share of a few hundred tokens would see one word, so it is wider
-here in proportion, and so are its layers' share of the work.
+base), the same data and the same number of tokens; only the layers' attention differs. The report's window of 128 is a
+250th of its native 32k tokens. Of a few hundred tokens that would be one word, so windows here are a larger share.
 """
 
 from __future__ import annotations
@@ -121,9 +120,9 @@ class AttentionReport:
 
 
 def arms_of(windows: Sequence[int], wide: int) -> list[Arm]:
-    """All global, each window without and with a sink, and a wide window with one."""
+    """All global, each window without and with a sink, and a wide window with one; none of them twice."""
     pairs = [Arm(window=window, sink=sink) for window in windows for sink in (False, True)]
-    return [Arm(window=None), *pairs, Arm(window=wide, sink=True)]
+    return list(dict.fromkeys([Arm(window=None), *pairs, Arm(window=wide, sink=True)]))
 
 
 def measure_attention(
@@ -352,7 +351,7 @@ def _speeds(folders: Mapping[Arm, Path], lengths: Sequence[int], rounds: int) ->
 
 
 def cache_bytes(folder: Path, prompt: Sequence[int]) -> tuple[int, int]:
-    """Bytes that one sequence uses in the engine, and by formula for whole pages; no drafts, so no heads' cache."""
+    """Bytes that one sequence uses in the engine, and by formula for whole pages and the heads' rings."""
     engine = Engine(
         folder, draft_heads=0, max_batch=1, cache_tokens=len(prompt) + 2 * PAGE_TOKENS, prefix_cache_bytes=0
     )

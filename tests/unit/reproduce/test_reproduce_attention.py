@@ -78,6 +78,7 @@ def test_arms_are_windows_with_and_without_sink_between_the_extremes() -> None:
     names = ["all global", "window 8, no sink", "window 8, sink", "window 16, no sink", "window 16, sink"]
     assert [arm.name for arm in arms] == [*names, "window 64, sink"]
     assert len({arm.slug for arm in arms}) == len(arms)
+    assert arms_of([8, 16], 16) == arms[:-1]
 
 
 def test_the_sink_is_compared_seed_by_seed(tmp_path: Path) -> None:
