@@ -19,6 +19,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "train": ("openmimo.cli.train", "train_app"),
     "generate": ("openmimo.cli.generate", "generate_command"),
     "chat": ("openmimo.cli.chat", "chat_command"),
+    "serve": ("openmimo.cli.serve", "serve_command"),
     "eval": ("openmimo.cli.evaluate", "eval_command"),
     "convert": ("openmimo.cli.convert", "convert_command"),
     "bench": ("openmimo.cli.bench", "bench_command"),

@@ -17,24 +17,37 @@ from openmimo.engine.blocks import BlockManager
 from openmimo.engine.drafting import REST, DraftPolicy
 from openmimo.engine.prefix import MIN_CACHED_TOKENS, PrefixCache, PrefixEntry
 from openmimo.engine.runner import PAGE_TOKENS, Float32, Int32, Routes, Runner, StepInput
-from openmimo.engine.sampler import Choices, RowOptions, choose, greedy
+from openmimo.engine.sampler import Choices, RowOptions, choose, greedy, score
 from openmimo.engine.scheduler import Scheduler
 from openmimo.engine.sequence import Sequence
 
 
 class Emission(NamedTuple):
-    """A step gave a sequence `num_tokens` ids, up to place `end`; the first `num_drafted` of them were drafts."""
+    """A step gave a sequence `num_tokens` ids, up to place `end`; the first `num_drafted` of them were drafts.
+
+    `rejected` are the drafts that came after these and were not kept.
+    """
 
     sequence: Sequence
     end: int
     num_tokens: int
     num_drafted: int
+    rejected: tuple[int, ...] = ()
 
 
 class _Span(NamedTuple):
     """The rows of logits of one sequence: after its newest fed token and after each of its drafts."""
 
     sequence: Sequence
+    row: int
+    num_rows: int
+
+
+class _Scored(NamedTuple):
+    """Rows of logits, from `row` on, that tell how probable the prompt's tokens from `start` + 1 on were."""
+
+    sequence: Sequence
+    start: int
     row: int
     num_rows: int
 
@@ -120,8 +133,10 @@ class EngineCore:
         scheduler.plan()
         scheduled = scheduler.scheduled
         if scheduled:
-            step, spans, chunks = self._make_step()
+            step, spans, chunks, scored = self._make_step()
             output = self.runner.forward(step)
+            for part in scored:
+                self._score_prompt(part, output.logits_MV)
             tokens = self._choose(output.logits_MV, spans)
             num_tokens = len(step.token_ids_N)
             self._advance(tokens, output.routed_experts_NLk, (perf_counter() - began) / num_tokens, emissions)
@@ -141,12 +156,13 @@ class EngineCore:
             self._draft()
         return emissions
 
-    def _make_step(self) -> tuple[StepInput, list[_Span], list[_Chunk]]:
+    def _make_step(self) -> tuple[StepInput, list[_Span], list[_Chunk], list[_Scored]]:
         """The planned tokens as flat arrays, whose logits are wanted, and which of it is prompt."""
         token_ids_N, rows_S, starts_S, counts_S = self._token_ids_N, self._rows_S, self._starts_S, self._counts_S
         scheduled, counts = self.scheduler.scheduled, self.scheduler.counts
         spans: list[_Span] = []
         chunks: list[_Chunk] = []
+        scored: list[_Scored] = []
         offset = num_wanted = 0
         for place, sequence in enumerate(scheduled):
             count, start, ids = counts[place], sequence.num_cached, sequence.ids
@@ -158,6 +174,10 @@ class EngineCore:
             else:
                 token_ids_N[offset:end] = ids[start : start + count]
                 wanted = int(start + count == len(ids))
+                if extra := _scored_rows(sequence, start, count):
+                    self._logits_M[num_wanted : num_wanted + extra] = self._places_N[offset : offset + extra]
+                    scored.append(_Scored(sequence, start, num_wanted, extra))
+                    num_wanted += extra
             if start < sequence.num_prompt or start + 1 < len(ids):
                 chunks.append(_Chunk(sequence, start, count, num_wanted if wanted else -1))
             if wanted:
@@ -175,7 +195,17 @@ class EngineCore:
             page_tables=tuple([sequence.table.ids for sequence in scheduled]),
             logits_M=self._logits_M[:num_wanted],
         )
-        return step, spans, chunks
+        return step, spans, chunks, scored
+
+    def _score_prompt(self, part: _Scored, logits_MV: Float32) -> None:
+        """Record how probable a prompt's tokens were; what is known from before a preemption stays."""
+        sequence, start, row, num_rows = part
+        known, end = len(sequence.prompt_logprobs), start + num_rows
+        if end > known:
+            rows = logits_MV[row + known - start : row + num_rows, : self.num_tokens]
+            found, best = score(rows, sequence.ids[known + 1 : end + 1], sequence.params.top_logprobs)
+            sequence.prompt_logprobs += found
+            sequence.prompt_top_logprobs += best
 
     def _choose(self, logits_MV: Float32, spans: list[_Span]) -> list[int]:
         """A token for every row of logits: the most probable one, or one drawn as the sequence's options say."""
@@ -183,11 +213,12 @@ class EngineCore:
         special = [span for span in spans if not span.sequence.is_plain]
         if not special:
             return greedy(logits_MV)
-        if any(sequence.adjuster is not None for sequence, _, _ in special):
+        if any(sequence.adjuster is not None or sequence.constraint is not None for sequence, _, _ in special):
             logits_MV = logits_MV.copy()  # snapshots keep what the model gave
         for sequence, row, count in special:
-            if sequence.adjuster is not None:
-                sequence.adjuster.apply_window(logits_MV[row : row + count], sequence.drafts[: count - 1])
+            for change in (sequence.adjuster, sequence.constraint):
+                if change is not None:
+                    change.apply_window(logits_MV[row : row + count], sequence.drafts[: count - 1])
         tokens = greedy(logits_MV)
         self._draw(logits_MV, special, tokens)
         return tokens
@@ -215,6 +246,8 @@ class EngineCore:
             count, start = counts[place], sequence.num_cached
             kept = count
             missing = len(sequence.ids) - start
+            if missing > 1:
+                row += _scored_rows(sequence, start, count)
             if missing == 1:
                 drafts, kept = sequence.drafts, 1
                 while kept < count and drafts[kept - 1] == tokens[row + kept - 1]:
@@ -222,7 +255,8 @@ class EngineCore:
                 taken = self._take(sequence, tokens[row : row + kept])
                 if sequence.num_answered > taken:
                     self._count_step(sequence, count - 1, taken, kept, seconds_per_token)
-                emissions.append(Emission(sequence, len(sequence.ids), taken, min(taken, kept - 1)))
+                rejected = tuple(drafts[kept - 1 : count - 1]) if taken == kept else ()
+                emissions.append(Emission(sequence, len(sequence.ids), taken, min(taken, kept - 1), rejected))
                 row += count
                 kept = taken
             elif missing == count:
@@ -376,6 +410,13 @@ class EngineCore:
         for sequence, proposals in zip(sequences, drafts, strict=True):
             sequence.drafts = proposals
             sequence.draft_seconds += seconds / size
+
+
+def _scored_rows(sequence: Sequence, start: int, count: int) -> int:
+    """How many of these prompt tokens need logits only because the prompt's own probabilities were asked for."""
+    if not sequence.params.prompt_logprobs:
+        return 0
+    return max(0, min(start + count, sequence.num_prompt - 1) - start)
 
 
 def _int32(values: list[int]) -> Int32:

@@ -13,7 +13,7 @@ import numpy as np
 from openmimo.config.model import ModelConfig
 from openmimo.engine.core import Emission, EngineCore
 from openmimo.engine.loading import RunnerOptions, load_tokenizer, open_runner, resolve_model_folder
-from openmimo.engine.request import Completion, PartialAnswer, SamplingParams, StreamEvent
+from openmimo.engine.request import Completion, EngineLoad, PartialAnswer, SamplingParams, StreamEvent
 from openmimo.engine.runner import PAGE_TOKENS, Runner
 from openmimo.engine.sampler import random_state
 from openmimo.engine.sequence import Sequence as Answer
@@ -114,6 +114,25 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._answers)
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+        blocks, scheduler, prefix = self._core.blocks, self._core.scheduler, self._core.prefix
+        return EngineLoad(
+            num_running=len(scheduler.running),
+            num_waiting=sum(1 + len(sequence.siblings) for sequence in scheduler.waiting),
+            num_preemptions=scheduler.num_preemptions,
+            ring_bytes=(blocks.num_rows - len(blocks.free_rows)) * blocks.row_bytes,
+            ring_bytes_total=blocks.num_rows * blocks.row_bytes,
+            page_bytes=(blocks.num_pages - len(blocks.free_pages)) * blocks.page_bytes,
+            page_bytes_total=blocks.num_pages * blocks.page_bytes,
+            prefix_bytes=0 if prefix is None else prefix.num_bytes,
+        )
+
+    def is_open(self, request_id: int) -> bool:
+        """Whether a request has answers that are not finished."""
+        return request_id in self._answers
 
     def add_request(
         self,
@@ -253,7 +272,9 @@ class Engine:
         return emissions
 
     def _event(self, emission: Emission) -> StreamEvent:
-        sequence, end, count, num_drafted = emission
+        sequence, end, count, num_drafted, rejected = emission
+        params = sequence.params
+        records = slice(end - count - sequence.num_prompt, end - sequence.num_prompt)
         tokens, is_last = sequence.ids[end - count : end], end == len(sequence.ids)
         is_last &= sequence.finish_reason is not None
         pieces = [sequence.text.piece(token) for token in tokens[:-1]]
@@ -264,6 +285,9 @@ class Engine:
             token_ids=tuple(tokens),
             pieces=tuple(pieces),
             drafted=tuple(place if place < num_drafted else None for place in range(count)),
+            rejected=rejected,
+            logprobs=tuple(sequence.logprobs[records]) if params.logprobs else None,
+            top_logprobs=tuple(sequence.top_logprobs[records]) if params.top_logprobs else None,
             completion=sequence.complete() if is_last else None,
             request_id=sequence.request_id,
             choice=sequence.choice,

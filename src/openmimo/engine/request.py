@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,26 @@ import numpy.typing as npt
 from openmimo.errors import RequestError
 
 NO_BIAS: Mapping[int, float] = {}
+
+
+class ConstraintState(Protocol):
+    """What one answer may go on with. Answers under the same constraint have states of their own."""
+
+    def apply_window(self, logits_TV: npt.NDArray[np.float32], drafts: list[int]) -> None:
+        """Set the logits of what may not follow to minus infinity, in place. Row t assumes the first t drafts."""
+        ...
+
+    def add(self, token: int) -> None:
+        """The answer has one more token."""
+        ...
+
+
+class Constraint(Protocol):
+    """A language that answers have to be in, such as `openmimo.engine.grammar.Grammar`."""
+
+    def begin(self) -> ConstraintState:
+        """The state of an answer without tokens."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +47,9 @@ class SamplingParams:
     are texts that end the answer. `n` answers are written to every prompt. With `seed`, prompt i of a call draws from
     a stream of its own made of `seed + i`: the number for a token depends on that, the answer and the token's position
     alone, whatever runs beside it and whether or not it was drafted.
-    `logprobs` and `routed_experts` ask for those records, `top_logprobs` for that many alternatives to each token.
+    `logprobs` and `routed_experts` ask for those records, `top_logprobs` for that many alternatives to each token,
+    `prompt_logprobs` for the same of the prompt's tokens, which are then all computed, prefix cache or not.
+    `constraint` lets only tokens through that keep the answer in its language; it comes before all other options.
     Raises: RequestError on values that make no sense.
     """
 
@@ -47,6 +70,8 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     routed_experts: bool = False
+    prompt_logprobs: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _demand("temperature", self.temperature, 0.0 <= self.temperature < math.inf, "0 (greedy) or a number above it")
@@ -95,16 +120,33 @@ class DraftStats:
         return sum(self.histogram)
 
     @property
+    def num_accepted(self) -> int:
+        """Drafts that were kept."""
+        return sum(count * number for number, count in enumerate(self.histogram))
+
+    @property
+    def num_proposed(self) -> int:
+        """Drafts that were verified."""
+        return sum(self._steps_by_head())
+
+    @property
+    def num_drafting_steps(self) -> int:
+        """Steps that verified at least one draft."""
+        return max(self._steps_by_head(), default=0)
+
+    @property
     def acceptance_length(self) -> float:
         """Mean tokens per step, 1 to 1 + heads; 1.0 when there was no step."""
-        kept = sum(count * number for number, count in enumerate(self.histogram))
-        return 1.0 + kept / max(1, self.num_steps)
+        return 1.0 + self.num_accepted / max(1, self.num_steps)
 
     @property
     def per_head(self) -> tuple[float, ...]:
         """For each head, the share of the steps with its draft in which the draft was kept."""
-        proposed = self.proposed or (self.num_steps,) * (len(self.histogram) - 1)
+        proposed = self._steps_by_head()
         return tuple(sum(self.histogram[head + 1 :]) / max(1, steps) for head, steps in enumerate(proposed))
+
+    def _steps_by_head(self) -> tuple[int, ...]:
+        return self.proposed or (self.num_steps,) * (len(self.histogram) - 1)
 
     @staticmethod
     def merge(stats: Iterable[DraftStats]) -> DraftStats:
@@ -112,7 +154,7 @@ class DraftStats:
         parts = list(stats)
         return DraftStats(
             histogram=_added([each.histogram for each in parts]),
-            proposed=_added([each.proposed or (each.num_steps,) * (len(each.histogram) - 1) for each in parts]),
+            proposed=_added([each._steps_by_head() for each in parts]),
             draft_seconds=sum(each.draft_seconds for each in parts),
             verify_seconds=sum(each.verify_seconds for each in parts),
         )
@@ -127,9 +169,12 @@ class Completion:
     `logprobs`, one per token, are those of the distribution that was drawn from, all options applied; for greedy
     decoding those at temperature 1, after penalties and bias. `top_logprobs` has the most probable tokens of that
     distribution for each token, best first.
+    `prompt_logprobs` are those of the prompt's tokens but the first, at temperature 1 and without options, and
+    `prompt_top_logprobs` the most probable ones in their places; of several choices only the first has them.
     `routed_experts` has shape (prompt + completion - 1, sparse layers, k): row i is what token i of the prompt and
     completion chose; the last token was never fed, so it has none. Every row is valid.
-    `finish_reason` is "stop" (a stop token or text) or "length" (`max_tokens`, or no positions or pages left).
+    `finish_reason` is "stop" (a stop token or text, which `stopped_by` holds) or "length" (`max_tokens`, or no
+    positions or pages left).
     `num_cached_tokens` of the prompt came from the prefix cache or from another choice.
     `weights_versions` has a pair (place in the answer, version) for every version of the weights that tokens were drawn
     with, from that place on; one pair unless the weights changed meanwhile.
@@ -138,9 +183,12 @@ class Completion:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
+    stopped_by: int | str | None = None
     choice: int = 0
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[dict[int, float], ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_top_logprobs: tuple[dict[int, float], ...] | None = None
     routed_experts: npt.NDArray[np.uint8 | np.uint16] | None = None
     draft: DraftStats = field(default_factory=DraftStats)
     num_cached_tokens: int = 0
@@ -162,16 +210,39 @@ class PartialAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """How busy an engine is.
+
+    Answers that are written and that wait, preemptions so far, and bytes of the cache: rings of sliding layers and MTP
+    heads, pages of global layers, what of both the prefix cache holds or has copied.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    ring_bytes: int
+    ring_bytes_total: int
+    page_bytes: int
+    page_bytes_total: int
+    prefix_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamEvent:
     """The tokens of one step: `pieces[i]` is the text that token i completed, `drafted[i]` the head that proposed it.
 
     A piece is "" while a character is incomplete or could still belong to a stop text. `drafted[i]` is None for tokens
-    the main model chose itself. `completion` is set on the answer's last event only.
+    the main model chose itself. `rejected` are the drafts that followed and were not kept, of the heads after the last
+    one in `drafted`. `logprobs` and `top_logprobs` are those of the tokens, if asked for.
+    `completion` is set on the answer's last event only.
     """
 
     token_ids: tuple[int, ...]
     pieces: tuple[str, ...]
     drafted: tuple[int | None, ...]
+    rejected: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[dict[int, float], ...] | None = None
     completion: Completion | None = None
     request_id: int = 0
     choice: int = 0

@@ -122,6 +122,15 @@ def recorded_logprobs(
     return logprobs
 
 
+def score(logits_TV: Float32, token_ids: list[int], num_top: int) -> tuple[list[float], list[dict[int, float]]]:
+    """The log-probabilities of given tokens, each from its own row of logits, and the best `num_top` of every row."""
+    options = RowOptions.make([(SamplingParams(), 0, 0, len(token_ids))])
+    weights_MV, ends_MB = _weigh(logits_TV, options)
+    found = Choices(np.array(token_ids, dtype=np.int64), weights_MV, ends_MB[:, -1])
+    rows = range(len(token_ids)) if num_top else ()
+    return found.logprobs(0, len(token_ids)), [found.top_logprobs(row, num_top) for row in rows]
+
+
 def _weigh(logits_MV: Float32, options: RowOptions) -> tuple[Float32, Float64]:
     """What every token's probability is proportional to, and the sum up to the end of every block of tokens."""
     is_greedy_M = options.temperature_M == 0.0

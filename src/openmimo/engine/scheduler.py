@@ -14,6 +14,9 @@ from openmimo.engine.prefix import PrefixCache, PrefixEntry
 from openmimo.engine.runner import PAGE_TOKENS, Runner
 from openmimo.engine.sequence import Sequence
 
+# Tokens per step of a prompt whose own probabilities are wanted: each has a row of logits, as long as the vocabulary.
+SCORED_TOKENS = 128
+
 
 class Scheduler:
     """Waiting and running sequences, oldest first. `scheduled` and `counts` are the plan of the current step.
@@ -118,7 +121,7 @@ class Scheduler:
             self.unpin(sequence)
 
     def _find(self, sequence: Sequence) -> PrefixEntry | None:
-        if self.prefix is None:
+        if self.prefix is None or sequence.params.prompt_logprobs:
             return None
         # An answer that is computed again has its first token drawn already.
         return self.prefix.find(sequence.ids, needs_heads=sequence.draft_limit > 0)
@@ -153,6 +156,8 @@ class Scheduler:
 
     def _plan_prompt(self, sequence: Sequence, room: int) -> int:
         """Feed a chunk of the ids that the cache lacks; returns how many."""
+        if sequence.params.prompt_logprobs:
+            room = min(room, SCORED_TOKENS)
         start, end = sequence.num_cached, min(len(sequence.ids), sequence.num_cached + room)
         if self.prefix is not None:
             boundary = (min(end, len(sequence.ids) - 1)) // self.snapshot_tokens * self.snapshot_tokens

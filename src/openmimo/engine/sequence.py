@@ -26,6 +26,7 @@ class Sequence:
         "adaptive",
         "adjuster",
         "choice",
+        "constraint",
         "draft_limit",
         "draft_seconds",
         "drafts",
@@ -43,6 +44,8 @@ class Sequence:
         "num_reused",
         "num_routed",
         "params",
+        "prompt_logprobs",
+        "prompt_top_logprobs",
         "proposed",
         "random_state",
         "request_id",
@@ -90,7 +93,9 @@ class Sequence:
         self.text = AnswerText(codec, params.stop)
         adjusted = params.penalized or bool(params.logit_bias)
         self.adjuster = LogitAdjuster(params, self.ids) if adjusted else None
-        self.is_plain = params.greedy and not adjusted and not params.logprobs and not params.top_logprobs
+        self.constraint = None if params.constraint is None else params.constraint.begin()
+        wants_records = params.logprobs or params.top_logprobs > 0
+        self.is_plain = params.greedy and not adjusted and not wants_records and self.constraint is None
         self.draft_limit, self.adaptive = draft_limit, adaptive
         self.drafts: list[int] = []
         self.num_drafts = 0 if adaptive else draft_limit
@@ -101,6 +106,8 @@ class Sequence:
         self.draft_seconds = self.verify_seconds = 0.0
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
+        self.prompt_logprobs: list[float] = []
+        self.prompt_top_logprobs: list[dict[int, float]] = []
         self.routes = routes
         self.num_routed = 0
         self.finish_reason: str | None = None
@@ -121,8 +128,9 @@ class Sequence:
         for token in tokens:
             self.ids.append(token)
             taken += 1
-            if self.adjuster is not None:
-                self.adjuster.add(token)
+            for follower in (self.adjuster, self.constraint):
+                if follower is not None:
+                    follower.add(token)
             if token in self.stop_ids or (self.text.watches and self.text.push(token)):
                 self.finish_reason = "stop"
             elif len(self.ids) >= self.limit:
@@ -175,9 +183,12 @@ class Sequence:
             token_ids=tuple(self.token_ids),
             text=self.text.final(self.token_ids[:-1] if ended_by_token else self.token_ids),
             finish_reason=self.finish_reason,
+            stopped_by=self.ids[-1] if ended_by_token else self.text.stopped_by,
             choice=self.choice,
             logprobs=tuple(self.logprobs) if params.logprobs else None,
             top_logprobs=tuple(self.top_logprobs) if params.top_logprobs else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if params.prompt_logprobs else None,
+            prompt_top_logprobs=tuple(self.prompt_top_logprobs) if params.prompt_logprobs else None,
             routed_experts=routes,
             draft=DraftStats(tuple(self.histogram), tuple(self.proposed), self.draft_seconds, self.verify_seconds),
             num_cached_tokens=self.num_reused,

@@ -59,6 +59,7 @@ class AnswerText:
         self._longest = max(map(len, stop), default=0)
         self._text = ""
         self._end: int | None = None
+        self.stopped_by: str | None = None
         self._stream = Detokenizer(codec)
         self._held = ""
         self._shown = 0
@@ -67,9 +68,9 @@ class AnswerText:
         """Add a token; True when a stop text is complete. The earliest place wins, then the longest text."""
         seen = max(0, len(self._text) - self._longest + 1)
         self._text += self._watcher.push(token)
-        found = [place for stop in self.stop if (place := self._text.find(stop, seen)) >= 0]
+        found = [(place, stop) for stop in self.stop if (place := self._text.find(stop, seen)) >= 0]
         if found:
-            self._end = min(found)
+            self._end, self.stopped_by = min(found, key=lambda each: (each[0], -len(each[1])))
         return bool(found)
 
     def piece(self, token: int | None) -> str:

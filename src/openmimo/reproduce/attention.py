@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-import openmimo
 from openmimo.checkpoint import load_model
 from openmimo.config.cost import kv_cache_bytes
 from openmimo.config.model import AttentionKind, ModelConfig, preset
-from openmimo.config.train import DataRecipe, Packing, SourceKind, SourceRecipe, TrainRecipe
+from openmimo.config.train import TrainRecipe
 from openmimo.data.build import build_loader
 from openmimo.engine import PAGE_TOKENS, Engine, SamplingParams
 from openmimo.evals.accuracy import evaluate_domains
@@ -34,7 +33,7 @@ from openmimo.evals.measuring import reported_in_turns
 from openmimo.evals.retrieval import RetrievalCell, measure_retrieval
 from openmimo.model import cast_model
 from openmimo.reproduce.story import DOMAINS, EXAM_SEED, FinishedRun, Scores, Story, StoryRecipe, mean, models_mark
-from openmimo.text import Tokenizer
+from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train.device import compute_dtype, pick_device, to_device
 from openmimo.train.step import evaluate
 from openmimo.train.tokenizer import tokenizer_for
@@ -75,7 +74,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmExam:
-    """What one model of an arm can do: nats per token of held-out text, domains, and retrieval task by level."""
+    """What one model of an arm can do: nats per target of held-out problems, domains, and retrieval by level."""
 
     loss: float
     domains: Scores
@@ -299,14 +298,16 @@ def _examine(story: Story, run: FinishedRun, num_problems: int, threads: int) ->
 
 
 def held_out_loss(folder: Path, recipe: TrainRecipe) -> float:
-    """Nats per token of text that no recipe trains on, this package's own sources, in rows of the extended length."""
+    """Nats per target of held-out problems: the last stage's sources, of which no stage sees the test problems."""
     device = pick_device(recipe.device)
     model = cast_model(load_model(folder), compute_dtype(recipe.precision, device)).to(device).eval()
-    sources = (SourceRecipe(kind=SourceKind.TEXT, path=str(Path(openmimo.__file__).parent)),)
-    length = recipe.data_of(recipe.stages[-1]).sequence_length
-    data = DataRecipe(sequence_length=length, batch_sequences=1, sources=sources, packing=Packing.SPLIT)
+    tokenizer, last = Tokenizer.load(folder), recipe.stages[-1]
+    data = recipe.data_of(last)
+    data = replace(data, batch_sequences=1, sources=tuple(replace(each, split="test") for each in data.sources))
     losses: list[tuple[float, int]] = []
-    with build_loader(data, Tokenizer.load(folder), seed=0, stage="pretrain") as loader:
+    with build_loader(
+        data, tokenizer, seed=EXAM_SEED, stage=last.kind.value, template=ChatTemplate(tokenizer)
+    ) as loader:
         for _ in range(HELD_OUT_ROWS):
             found = evaluate(model, to_device(next(loader), device))
             losses.append((float(found.next_token), found.num_targets))

@@ -1,0 +1,108 @@
+"""One answer as it comes from the engine, taken apart into reasoning, content and tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openmimo.engine import Completion, StreamEvent
+from openmimo.text import ResponseEvent, ResponseParser, Tokenizer, ToolCallEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """A token with its log-probability and the most probable ones in its place."""
+
+    token_id: int
+    logprob: float
+    best: Mapping[int, float]
+
+
+class ChoiceReader:
+    """Reads the events of one choice. `tools` are the declared functions; calls of others stay text."""
+
+    def __init__(self, choice: int, tools: Sequence[Mapping[str, Any]]) -> None:
+        self.choice = choice
+        self.completion: Completion | None = None
+        self.num_calls = 0
+        self.num_sent = 0  # calls that a stream has passed on
+        self._parser = ResponseParser(tools)
+
+    def push(self, event: StreamEvent) -> list[ResponseEvent]:
+        """What the event completes; the last event sets `completion`."""
+        found = self._parser.push(event.text)
+        if event.completion is not None:
+            self.completion = event.completion
+            found += self._parser.finish()
+        self.num_calls += sum(isinstance(each, ToolCallEvent) for each in found)
+        return found
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's word for how the answer ended."""
+        assert self.completion is not None
+        return (
+            "tool_calls"
+            if self.num_calls and self.completion.finish_reason == "stop"
+            else (self.completion.finish_reason)
+        )
+
+
+def step_records(event: StreamEvent, stop_ids: frozenset[int]) -> list[TokenRecord]:
+    """The records of a step's tokens; a final stop token is no part of the answer."""
+    if event.logprobs is None:
+        return []
+    best = event.top_logprobs or ({},) * len(event.token_ids)
+    return [
+        TokenRecord(token_id=token, logprob=logprob, best=top)
+        for token, logprob, top in zip(event.token_ids, event.logprobs, best, strict=True)
+        if token not in stop_ids
+    ]
+
+
+def completion_records(completion: Completion, stop_ids: frozenset[int]) -> list[TokenRecord]:
+    """The same for a whole answer."""
+    if completion.logprobs is None:
+        return []
+    best = completion.top_logprobs or ({},) * len(completion.token_ids)
+    return [
+        TokenRecord(token_id=token, logprob=logprob, best=top)
+        for token, logprob, top in zip(completion.token_ids, completion.logprobs, best, strict=True)
+        if token not in stop_ids
+    ]
+
+
+def token_events(event: StreamEvent, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A step in full, for those who want to see drafting at work: every token, the head that proposed it (from 1) or
+    null, and the drafts that were refused."""
+    heads = [head for head in event.drafted if head is not None]
+    best = event.top_logprobs or ({},) * len(event.token_ids)
+    logprobs = event.logprobs or (None,) * len(event.token_ids)
+    return {
+        "tokens": [
+            {
+                "id": token,
+                "text": tokenizer.decode([token]),
+                "head": None if head is None else head + 1,
+                "logprob": logprob,
+                "top": [[other, tokenizer.decode([other]), value] for other, value in top.items()],
+            }
+            for token, head, logprob, top in zip(event.token_ids, event.drafted, logprobs, best, strict=True)
+        ],
+        "rejected": [
+            {"id": token, "text": tokenizer.decode([token]), "head": len(heads) + place + 1}
+            for place, token in enumerate(event.rejected)
+        ],
+    }
+
+
+def chat_logprob(record: TokenRecord, tokenizer: Tokenizer) -> dict[str, Any]:
+    """An entry of OpenAI's `logprobs.content`."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+
+    top = [entry(token, logprob) for token, logprob in record.best.items()]
+    return {**entry(record.token_id, record.logprob), "top_logprobs": top}

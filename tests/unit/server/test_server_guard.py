@@ -1,0 +1,121 @@
+"""What is refused before it costs anything: keys, names, sizes, bad bodies, and public addresses without a key."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from server_fakes import LiveServer, serving, small_engine
+
+from openmimo.errors import RequestError
+from openmimo.server.options import ServerOptions
+from openmimo.text import Tokenizer
+
+USER, ADMIN = "user-key", "admin-key"
+BAD_BODIES = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "no object": b"[1]",
+    "bytes that are no text": b'{"prompt": "\xff"}',
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "infinite": b'{"prompt": "a", "temperature": 1e999}',
+    "a huge number": b'{"prompt": "a", "seed": ' + b"9" * 6000 + b"}",
+    "too deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a key twice": b'{"prompt": "a", "prompt": "b"}',
+    "half a character": b'{"prompt": "\\ud800"}',
+    "text for a number": b'{"prompt": "a", "temperature": "1"}',
+    "a truth for a number": b'{"prompt": "a", "max_tokens": true}',
+    "no prompt": b"{}",
+    "an empty prompt": b'{"prompt": ""}',
+    "unknown ids": b'{"prompt": [1, 999999]}',
+    "negative ids": b'{"prompt": [-1]}',
+    "many prompts": json.dumps({"prompt": ["a"] * 2000}).encode(),
+    "many answers": b'{"prompt": "a", "n": 1000}',
+    "many stop texts": json.dumps({"prompt": "a", "stop": ["x"] * 100}).encode(),
+    "bias for no token": b'{"prompt": "a", "logit_bias": {"a": 1}}',
+    "bias beyond the vocabulary": b'{"prompt": "a", "logit_bias": {"99999": 1}}',
+    "too many drafts": b'{"prompt": "a", "draft_heads": 9}',
+    "not implemented": b'{"prompt": "a", "suffix": "b"}',
+}
+
+
+def all_routes(server: LiveServer) -> list[tuple[str, str]]:
+    found = server.get("/openapi.json", headers={"x-api-key": USER}).json()["paths"]
+    return [(method.upper(), path.replace("{name}", "nano")) for path, methods in found.items() for method in methods]
+
+
+def test_every_route_but_health_wants_the_key(tokenizer: Tokenizer) -> None:
+    """Catches a route that was added past the door; wrong keys, and ways to send the right one."""
+    with serving(small_engine(tokenizer), api_key=USER, admin_key=ADMIN, model_name="nano") as server:
+        routes = all_routes(server)
+        assert len(routes) >= 14
+        basic = base64.b64encode(f"me:{USER}".encode()).decode()
+        right = [{"Authorization": f"Bearer {USER}"}, {"x-api-key": USER}, {"Authorization": f"Basic {basic}"}]
+        wrong = [{}, {"Authorization": f"Bearer {USER}x"}, {"x-api-key": ADMIN}, {"Authorization": "Basic ???"}]
+        for method, path in routes:
+            for headers in wrong:
+                status = httpx.request(method, server.url + path, headers=headers, content=b"{}").status_code
+                assert status == (200 if path == "/health" else 401), (method, path, headers)
+            for headers in right:
+                status = httpx.request(method, server.url + path, headers=headers, content=b"{}").status_code
+                assert status != 401, (method, path, headers)
+        assert server.get("/admin/nothing", headers={"x-api-key": USER}).status_code == 401
+        assert server.get("/admin/nothing", headers={"x-api-key": ADMIN}).status_code == 404
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_bad_bodies_are_refused_with_a_reason(live: LiveServer, name: str) -> None:
+    """Catches errors that become status 500, and reasons that do not say what to do."""
+    answer = httpx.post(f"{live.url}/v1/completions", content=BAD_BODIES[name], timeout=60)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) > 10
+    assert answer.headers["x-request-id"]
+
+
+def test_large_bodies_and_long_prompts_are_refused_early(live: LiveServer) -> None:
+    """Catches a body that is read whole before its size is looked at, and a prompt that is tokenized before."""
+    large = httpx.post(f"{live.url}/v1/completions", content=b"x" * (9 << 20), timeout=60)
+    assert large.status_code == 413
+
+    def drip() -> object:
+        for _ in range(10):
+            yield b"x" * (1 << 20)
+
+    assert httpx.post(f"{live.url}/v1/completions", content=drip(), timeout=60).status_code == 413  # type: ignore[arg-type]
+    long = live.post("/v1/completions", {"prompt": "a" * 4_000_000})
+    assert long.status_code == 400
+    assert long.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_names_of_other_sites_are_refused(live: LiveServer, tokenizer: Tokenizer) -> None:
+    """Catches a page of another site that calls a local server through its visitor's browser."""
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Host": "127.0.0.1.evil.example"}):
+        assert live.get("/v1/models", headers=headers).status_code == 403
+    for headers in ({"Host": "localhost:80"}, {"Origin": "http://127.0.0.1:8000"}, {"Host": "[::1]:80"}):
+        assert live.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_the_server_listens_on_loopback_only(live: LiveServer) -> None:
+    """Catches a socket on all addresses. Read from the kernel's own list."""
+    port = f"{int(live.url.rpartition(':')[2]):04X}"
+    listening = [
+        line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
+    ]
+    assert [address for address in listening if address.endswith(f":{port}")] == [f"0100007F:{port}"]
+    assert socket.inet_aton("127.0.0.1")[::-1].hex().upper() == "0100007F"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_a_public_address_needs_a_key(host: str) -> None:
+    """Catches a server that is open to a network by mistake."""
+    with pytest.raises(RequestError, match="--api-key"):
+        ServerOptions(host=host)
+    assert ServerOptions(host=host, api_key="key").host == host
+    with pytest.raises(RequestError, match="value of its own"):
+        ServerOptions(api_key="key", admin_key="key")
