@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q
 BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint parity slow sanitize proofs bench clean
+.PHONY: help demo test check lint parity slow sanitize browser proofs bench clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,6 +43,9 @@ slow: $(VENV)/.with-dev ## The tests that take minutes
 sanitize: $(VENV)/.with-dev ## The engine's tests under AddressSanitizer, UBSan and ThreadSanitizer
 	$(PIP) install --quiet nanobind cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" csrc/sanitize.sh "$(abspath $(BIN))/python"
+
+browser: $(VENV)/.with-dev $(VENV)/.with-browser ## The server's page in Chromium (Debian's package, or CHROMIUM=path)
+	$(PYTEST) -rs tests/unit/server/test_server_page.py
 
 proofs: $(VENV)/.with-dev ## Promises in full size: the engine's, and runs that are killed and go on
 	$(BIN)/python benchmarks/engine_proofs.py

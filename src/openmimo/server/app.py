@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp
 import openmimo
 from openmimo.engine import Engine, SamplingParams
 from openmimo.errors import MimoError
-from openmimo.server import anthropic_messages, openai_chat, openai_completions, openai_responses, tokens
+from openmimo.server import anthropic_messages, openai_chat, openai_completions, openai_responses, static, tokens
 from openmimo.server.errors import ApiError, bad_request
 from openmimo.server.guard import Guard, refusal_answer
 from openmimo.server.http import GoneError, JsonAnswer
@@ -55,7 +56,10 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> ASGIApp:
     routes.add("GET", "/health", _health)
     routes.add("GET", "/ready", _Canary().answer)
     routes.add("GET", "/metrics", _metrics)
+    routes.add("GET", "/load", _load)
     routes.add("GET", "/version", _version)
+    routes.add("GET", "/", static.index)
+    routes.add("GET", "/page/{name}", static.asset)
     routes.add("GET", "/openapi.json", lambda _, __: _now(JsonAnswer(app.openapi())))
 
     app.add_exception_handler(Exception, _refused)
@@ -115,6 +119,11 @@ async def _health(service: Service, request: Request) -> Response:
     if not service.worker.is_well:
         raise ApiError(503, "the engine does not work; restart the server", code="engine_failed")
     return JsonAnswer({"status": "ok"})
+
+
+async def _load(service: Service, request: Request) -> Response:
+    """How busy the engine is, and what its cache holds."""
+    return JsonAnswer({**asdict(service.worker.load), "num_open": service.worker.num_open})
 
 
 async def _version(service: Service, request: Request) -> Response:

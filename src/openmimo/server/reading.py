@@ -74,8 +74,11 @@ def completion_records(completion: Completion, stop_ids: frozenset[int]) -> list
 
 
 def token_events(event: StreamEvent, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A step in full, for those who want to see drafting at work: every token, the head that proposed it (from 1) or
-    null, and the drafts that were refused."""
+    """A step in full, for those who want to see drafting at work.
+
+    Every token with the text that it completes (`piece`) and the head that proposed it, from 1, or null; and the drafts
+    that were not kept.
+    """
     heads = [head for head in event.drafted if head is not None]
     best = event.top_logprobs or ({},) * len(event.token_ids)
     logprobs = event.logprobs or (None,) * len(event.token_ids)
@@ -84,11 +87,14 @@ def token_events(event: StreamEvent, tokenizer: Tokenizer) -> dict[str, Any]:
             {
                 "id": token,
                 "text": tokenizer.decode([token]),
+                "piece": piece,
                 "head": None if head is None else head + 1,
                 "logprob": logprob,
                 "top": [[other, tokenizer.decode([other]), value] for other, value in top.items()],
             }
-            for token, head, logprob, top in zip(event.token_ids, event.drafted, logprobs, best, strict=True)
+            for token, piece, head, logprob, top in zip(
+                event.token_ids, event.pieces, event.drafted, logprobs, best, strict=True
+            )
         ],
         "rejected": [
             {"id": token, "text": tokenizer.decode([token]), "head": len(heads) + place + 1}

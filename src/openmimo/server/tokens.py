@@ -8,6 +8,7 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
+from openmimo.engine import PAGE_TOKENS
 from openmimo.errors import TextError
 from openmimo.server.errors import bad_request
 from openmimo.server.http import JsonAnswer, read_model, unless_gone
@@ -56,6 +57,10 @@ def model_card(service: Service) -> dict[str, Any]:
             "experts_per_token": config.moe.num_experts_per_token if config.moe else 0,
             "layer_kinds": [kind.value for kind in config.layer_kinds],
             "draft_heads": service.engine.draft_heads,
+            "window_keys": config.sliding_attention.window_keys,
+            "page_tokens": PAGE_TOKENS,
+            "page_bytes": service.engine.runner.page_bytes,
+            "ring_bytes": service.engine.runner.row_bytes,
         },
     }
 

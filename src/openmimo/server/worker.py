@@ -215,6 +215,9 @@ class EngineWorker:
                 self._end(ticket, ApiError(503, f"{self.buffer_tokens} tokens were not read in time", code="slow"))
             ticket.changed.set()
 
+    def _note_load(self, load: EngineLoad) -> None:
+        self.load = load
+
     def _refuse(self, tickets: list[Ticket], error: ApiError, *, failed: bool) -> None:
         self.num_failures += failed
         for ticket in tickets:
@@ -277,8 +280,10 @@ class EngineWorker:
             self._tickets[ticket.request_id] = ticket
 
     def _drop(self, ticket: Ticket) -> None:
+        assert self._loop is not None
         if self._tickets.pop(ticket.request_id, None) is not None:
             self.engine.abort(ticket.request_id)
+            self._loop.call_soon_threadsafe(self._note_load, self.engine.load)
 
     def _recover(self) -> None:
         """A step failed: its requests are told, and everything that they held is freed."""
