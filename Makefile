@@ -19,7 +19,7 @@ BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py bench
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(VENV)/.with-plots ## From nothing to three teachers and one student with all their skills
+demo: $(VENV)/.with-demo ## From nothing to three teachers and one student with all their skills
 	$(BIN)/openmimo demo
 
 test: $(VENV)/.with-dev ## The whole test suite but the slow tests

@@ -10,6 +10,7 @@ Every figure comes from a file; a file that is missing leaves its rows out.
 from __future__ import annotations
 
 import json
+import statistics
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -132,6 +133,11 @@ def bench_rows(path: Path) -> Rows:
     verb = found["benchmark"].removeprefix("bench ")
     if verb == "mtp":
         return mtp_rows(found)
+    if verb == "load":
+        (row,) = found["rows"]
+        figure = f"{statistics.median(row['seconds']):.2f} s, {row['details']['peak_bytes'] / 1e9:.1f} GB at most"
+        command = f"`openmimo bench load --model {found['model']}`"
+        return [(f"files to first token, `{found['model']}` in {found['weights']}, packed before", command, figure)]
     rows: Rows = []
     for work, sides in rows_by_work(found).items():
         ours = sides.pop("openmimo")

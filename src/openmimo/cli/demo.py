@@ -80,7 +80,8 @@ def demo_command(
         f"\nDone in {seconds / 60:.1f} min. Report in {out / 'report.json'}"
         + (f", the student's way in {picture}." if picture else ".")
     )
-    console.print(f"Talk to it:  [bold]openmimo chat --model {out}[/]   (it knows problems like those above)")
+    console.print(f"Talk to it:  [bold]openmimo serve --model {out}[/]   (a page on http://localhost:8000)")
+    console.print(f"         or  [bold]openmimo chat --model {out}[/]   (it knows problems like those above)")
 
 
 def _draw(story: Story, seed: int, out: Path) -> Path | None:
