@@ -50,7 +50,7 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> ASGIApp:
     routes.add("POST", "/v1/messages", anthropic_messages.messages, anthropic_messages.MessagesBody)
     routes.add("POST", "/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.CountBody)
     routes.add("GET", "/v1/models", tokens.list_models)
-    routes.add("GET", "/v1/models/{name:path}", tokens.get_model)
+    routes.add("GET", "/v1/models/{name}", tokens.get_model)
     routes.add("POST", "/tokenize", tokens.tokenize, tokens.TokenizeBody)
     routes.add("POST", "/detokenize", tokens.detokenize, tokens.DetokenizeBody)
     routes.add("GET", "/health", _health)
@@ -60,7 +60,7 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> ASGIApp:
     routes.add("GET", "/version", _version)
     routes.add("GET", "/", static.index)
     routes.add("GET", "/page/{name}", static.asset)
-    routes.add("GET", "/openapi.json", lambda _, __: _now(JsonAnswer(app.openapi())))
+    routes.add("GET", "/openapi.json", lambda _, __: _now(JsonAnswer(routes.schema())))
 
     app.add_exception_handler(Exception, _refused)
     for kind in (MimoError, GoneError, HTTPException):
@@ -90,6 +90,13 @@ class _Routes:
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self._app, self._service = app, service
+        self._definitions: dict[str, Any] = {}
+
+    def schema(self) -> dict[str, Any]:
+        """The OpenAPI description of all routes."""
+        found = self._app.openapi()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(self._definitions)
+        return found
 
     def add(self, method: str, path: str, handler: Handler, body: type[BaseModel] | None = None) -> None:
         service = self._service
@@ -98,13 +105,14 @@ class _Routes:
             return await handler(service, request)
 
         extra: dict[str, Any] = {}
+        if "{name" in path:
+            extra["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
         if body is not None:
             schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-            definitions = schema.pop("$defs", {})
-            extra["requestBody"] = {
-                "required": True,
-                "content": {"application/json": {"schema": {**schema, "$defs": definitions}}},
-            }
+            self._definitions |= schema.pop("$defs", {})
+            if "model" in schema["properties"]:
+                schema["properties"]["model"] = {"type": "string", "enum": [self._service.options.model_name]}
+            extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         self._app.add_api_route(path, endpoint, methods=[method], openapi_extra=extra, name=path)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from typing import Any, cast
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openmimo.server.guard import access_log
 from openmimo.server.options import ServerOptions
+
+# A request's head has to be there within this time, or the connection is closed.
+HEAD_SECONDS = 10.0
 
 
 def serve(app: ASGIApp, options: ServerOptions, *, log_requests: bool = False) -> None:
@@ -29,14 +36,47 @@ def make_server(app: ASGIApp, options: ServerOptions) -> uvicorn.Server:
         app,
         host=options.host,
         port=options.port,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         lifespan="on",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(options.drain_seconds) + 5,
         h11_max_incomplete_event_size=64 << 10,
-        http="h11",
+        http=ImpatientProtocol,
         ws="none",
     )
     return uvicorn.Server(config)
+
+
+class ImpatientProtocol(H11Protocol):
+    """uvicorn's, but a client that drips the head of a request, or sends none, does not keep its connection."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch(waiting=True)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch(waiting=self.conn.their_state is h11.IDLE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watch(waiting=False)
+        super().connection_lost(exc)
+
+    def _watch(self, *, waiting: bool) -> None:
+        if waiting and self._head_timer is None:
+            self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self._give_up)
+        elif not waiting and self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        transport = cast(asyncio.Transport, self.transport)
+        if self.conn.their_state is h11.IDLE and not transport.is_closing():
+            transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            transport.close()

@@ -68,7 +68,7 @@ def test_the_demo_runs_reports_and_may_run_again(tmp_path: Path, monkeypatch: py
     arguments = ("demo", "--out", str(out), "--num", "2")
     done = invoke(*arguments, *SHORT_STORY)
     assert done.exit_code == 0
-    assert "Talk to it:  openmimo chat --model" in done.output
+    assert "Talk to it:  openmimo serve --model" in done.output
     assert "headroom recovered" in done.output
     report = json.loads((out / "report.json").read_text())
     assert set(report["domains"]) == set(report["acceptance_length"]) == {"math", "code", "logic"}

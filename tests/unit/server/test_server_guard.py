@@ -119,3 +119,18 @@ def test_a_public_address_needs_a_key(host: str) -> None:
     assert ServerOptions(host=host, api_key="key").host == host
     with pytest.raises(RequestError, match="value of its own"):
         ServerOptions(api_key="key", admin_key="key")
+
+
+def test_a_connection_without_a_request_is_closed(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches connections that drip a head for ever, and a timer that ends requests whose head is there."""
+    monkeypatch.setattr("openmimo.server.run.HEAD_SECONDS", 0.3)
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    for content in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: loc"):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(content)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+            assert connection.recv(100) == b""
+    body = {"prompt": "the", "max_tokens": 900, "ignore_eos": True, "draft_heads": 0}
+    with httpx.Client(base_url=live.url, timeout=60) as client:
+        for _ in range(2):  # the second on the same connection
+            assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 900
