@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from openmimo.engine import Engine
     from openmimo.evals import DomainReport
+    from openmimo.evals.retrieval import RetrievalCell
 
 
 class What(str, Enum):
@@ -48,6 +48,9 @@ def eval_command(
     runner: RunnerName = "auto",
     verify: Verify = False,
     samples: Annotated[int, typer.Option(help="Answers to show per domain, at most 4.")] = 0,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of retrieval, comma-separated.")
+    ] = "needle,needles,needles4,track,pairs",
     levels: Annotated[str, typer.Option(help="Levels of retrieval; each doubles the text.")] = "1,2,3,4",
     native_length: Annotated[int, typer.Option(min=0, help="Tokens that the model was trained with at first.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the heat map of retrieval.")] = None,
@@ -75,7 +78,18 @@ def eval_command(
         max_batch=max_batch,
     )
     if what is What.RETRIEVAL:
-        _eval_retrieval(engine, parse_numbers("--levels", levels), num, seed, split, max_tokens, native_length, plot)
+        from openmimo.evals.retrieval import measure_retrieval
+
+        cells = measure_retrieval(
+            engine,
+            names=parse_words(tasks),
+            levels=parse_numbers("--levels", levels),
+            num_problems=num,
+            seed=seed,
+            split=split,
+            max_tokens=max_tokens,
+        )
+        _show_retrieval(cells, native_length, plot)
         return
     names = parse_words(domains)
     reports = evaluate_domains(
@@ -89,20 +103,10 @@ def eval_command(
     typer.echo(reports_as_json(reports))
 
 
-def _eval_retrieval(
-    engine: Engine,
-    levels: tuple[int, ...],
-    num: int,
-    seed: int,
-    split: str,
-    max_tokens: int,
-    native_length: int,
-    plot: Path | None,
-) -> None:
+def _show_retrieval(cells: list[RetrievalCell], native_length: int, plot: Path | None) -> None:
     from openmimo.evals.measuring import print_table
-    from openmimo.evals.retrieval import measure_retrieval, retrieval_rows
+    from openmimo.evals.retrieval import retrieval_rows
 
-    cells = measure_retrieval(engine, levels=levels, num_problems=num, seed=seed, split=split, max_tokens=max_tokens)
     print_table(*retrieval_rows(cells, native_length))
     if plot is not None:
         from openmimo.reproduce.plots import plot_retrieval

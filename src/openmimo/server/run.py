@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import Any, cast
+from typing import Any
 
 import h11
 import uvicorn
@@ -76,7 +76,6 @@ class ImpatientProtocol(H11Protocol):
             self._head_timer = None
 
     def _give_up(self) -> None:
-        transport = cast(asyncio.Transport, self.transport)
-        if self.conn.their_state is h11.IDLE and not transport.is_closing():
-            transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-            transport.close()
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            self.transport.close()

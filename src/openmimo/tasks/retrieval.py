@@ -213,22 +213,25 @@ class Recall(Task):
 class Recite(Task):
     """Pairs of words `moon harp,` which are asked for several times each: the densest lesson in looking things up.
 
-    4 pairs and 12 questions at level 1, twice as many pairs with every level. The answer is the last value.
+    Four pairs and twelve questions at level 1. At level 2 one or two words stand between the words of a pair, `moon has
+    a harp,`, so that what is looked up has to be carried along. Levels 3 and 4 are the same with twice as many pairs
+    and questions, level 5 is level 4 with twice as many again. The answer is the last value.
     """
 
     name: ClassVar[str] = "recite"
     domain: ClassVar[str] = "retrieval"
     times_asked: ClassVar[int] = 3
+    links: ClassVar[tuple[str, ...]] = (" has", " has a")
 
     def generate(self, rng: Random, level: int) -> Problem:
-        count = min(2 << level, len(WORDS) // 2)
+        count = 4 << (level - 1) // 2
         words = draw(rng, WORDS, 2 * count)
         value = dict(zip(words[::2], words[1::2], strict=True))
-        names = list(value)
+        names, link = list(value), "" if level in (1, 3) else pick(rng, self.links)
         asked = [pick(rng, names) for _ in range(self.times_asked * count)]
         return self.problem(
-            f"pairs: {', '.join(f'{name} {word}' for name, word in value.items())}\nask: {' '.join(asked)}",
-            [f"so {', '.join(f'{name} {value[name]}' for name in asked)}"],
+            f"pairs: {', '.join(f'{name}{link} {word}' for name, word in value.items())}\nask: {' '.join(asked)}",
+            [f"so {', '.join(f'{name}{link} {value[name]}' for name in asked)}"],
             value[asked[-1]],
             level=level,
             key=" ".join(sorted(f"{name}={word}" for name, word in value.items())),
@@ -236,5 +239,5 @@ class Recite(Task):
 
     def guesses(self, problem: Problem) -> Sequence[str]:
         """The first and the last value of the list."""
-        words = problem.prompt.removeprefix("pairs: ").partition("\n")[0].replace(",", "").split()
-        return [words[1], words[-1]]
+        pairs = problem.prompt.removeprefix("pairs: ").partition("\n")[0].split(", ")
+        return [pairs[0].split()[-1], pairs[-1].split()[-1]]

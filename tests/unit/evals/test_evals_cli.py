@@ -114,3 +114,5 @@ def test_eval_retrieval_prints_lengths_and_one_json_line(run_folder: Path, tmp_p
     assert {(cell["task"], cell["level"]) for cell in cells} == {(t, n) for t in LONG_TASKS for n in (1, 2)}
     assert all(cell["num_problems"] == 2 for cell in cells)
     assert (tmp_path / "map.png").is_file()
+    one = invoke(eval_command, "retrieval", "--model", str(run_folder), *options[:6], "--tasks", "needle")
+    assert {cell["task"] for cell in json.loads(one.stdout.splitlines()[-1])["retrieval"]} == {"needle"}

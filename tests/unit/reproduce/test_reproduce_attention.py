@@ -36,10 +36,11 @@ SHORT = [
     "long.tokenizer.vocab_size=400",
     "long.data.sequence_length=128",
     "long.data.batch_sequences=2",
-    *(f"long.stages.{index}.steps=2" for index in range(3)),
+    *(f"long.stages.{index}.steps=2" for index in range(4)),
     "long.stages.0.warmup_steps=1",
     "long.stages.0.sequence_length=64",
-    "long.stages.2.sequence_length=256",
+    "long.stages.1.sequence_length=64",
+    "long.stages.3.sequence_length=256",
 ]
 
 
@@ -123,7 +124,7 @@ def test_the_command_trains_every_arm_as_its_name_says(tmp_path: Path, monkeypat
     assert figures["arm_names"] == ["all global", "window 8, no sink", "window 8, sink", "window 32, sink"]
     for result in figures["arms"]:
         (one,) = result["exams"]
-        assert math.log(100) < one["loss"] < math.log(1000)  # after six steps, of 448 tokens
+        assert math.log(100) < one["loss"] < math.log(1000)  # after eight steps, of 448 tokens
         for speed in result["speeds"]:
             assert speed["cache_bytes"] == pytest.approx(speed["formula_bytes"], rel=0.01)
     whole, hybrid = figures["arms"][0]["speeds"][-1], figures["arms"][2]["speeds"][-1]
@@ -142,4 +143,4 @@ def test_the_command_trains_every_arm_as_its_name_says(tmp_path: Path, monkeypat
     for path, content in made.items():
         assert path.read_bytes() == content
         log = (tmp_path / f"{path.parent.name}.log").read_text()
-        assert log.count("training, 6 steps") == 1
+        assert log.count("training, 8 steps") == 1

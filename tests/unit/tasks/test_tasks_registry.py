@@ -179,19 +179,20 @@ def test_recall_answers_are_the_pairs_asked_for() -> None:
         assert problem.answer.split() == [table[person] for person in question.split(", ")]
 
 
-@pytest.mark.parametrize("level", [1, 2, 5])
+@pytest.mark.parametrize("level", [1, 2, 3, 5])
 def test_recite_states_the_value_of_every_name_asked_for(level: int) -> None:
     """Catches a value of another name, a name that is also a value, and fewer pairs than the level has."""
     problem = sample_problem("retrieval", split="train", level=level, seed=3, index=level, task="recite")
     pairs, _, question = problem.prompt.removeprefix("pairs: ").partition("\nask: ")
-    table = dict(pair.split() for pair in pairs.split(", "))
-    assert len(table) == min(2 << level, 58)
-    assert not set(table) & set(table.values())
+    table = {pair.split()[0]: pair for pair in pairs.split(", ")}
+    values = {pair.split()[-1] for pair in table.values()}
+    assert len(table) == len(values) == {1: 4, 2: 4, 3: 8, 5: 16}[level]
+    assert not set(table) & values
+    assert {len(pair.split()) for pair in table.values()} <= ({2} if level in (1, 3) else {3, 4})
     names = question.split()
     assert len(names) == 3 * len(table)
-    stated = problem.solution.splitlines()[0].removeprefix("so ").split(", ")
-    assert stated == [f"{name} {table[name]}" for name in names]
-    assert problem.answer == table[names[-1]]
+    assert problem.solution.splitlines()[0].removeprefix("so ").split(", ") == [table[name] for name in names]
+    assert problem.answer == table[names[-1]].split()[-1]
 
 
 def test_unknown_names_get_a_hint() -> None:
