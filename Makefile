@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FIRST_TORCH := $(PIP) install --retries 1 --timeout 10 $(addprefix --index-url ,$(TORCH_INDEX)) "$(TORCH)"
 PYTEST := $(BIN)/python -m pytest -q
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py benchmarks/server_fuzz.py benchmarks/server_load.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint parity slow sanitize browser proofs bench clean
@@ -47,10 +47,12 @@ sanitize: $(VENV)/.with-dev ## The engine's tests under AddressSanitizer, UBSan 
 browser: $(VENV)/.with-dev $(VENV)/.with-browser ## The server's page in Chromium (Debian's package, or CHROMIUM=path)
 	$(PYTEST) -rs tests/unit/server/test_server_page.py
 
-proofs: $(VENV)/.with-dev ## Promises in full size: the engine's, and runs that are killed and go on
+proofs: $(VENV)/.with-dev $(VENV)/.with-fuzz ## Promises in full size: engine, runs that are killed, the server under fire
 	$(BIN)/python benchmarks/engine_proofs.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/server_fuzz.py
+	$(BIN)/python benchmarks/server_load.py
 
 bench: $(VENV)/.with-bench ## All benchmarks, one after the other: tables and JSON lines
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done

@@ -50,11 +50,13 @@ class Case:
 
 
 @contextmanager
-def running_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def running_server(folder: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """`openmimo serve` in a process of its own."""
     command = [sys.executable, "-m", "openmimo", "serve", "--model", str(folder), "--port", str(port)]
-    command += ["--max-tokens", "8", "--max-waiting", "512", "--name", "nano"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    command += options
+    log = folder.parent / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file)
     try:
         end = time.monotonic() + 120
         while not _is_up(port):
@@ -65,6 +67,8 @@ def running_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]
     finally:
         process.terminate()
         process.wait(60)
+        # What it said: its address, and whatever went wrong.
+        print(log.read_text()[-5000:], file=sys.stderr)
 
 
 def _is_up(port: int) -> bool:
@@ -295,7 +299,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         save_small_server_model(scratch / "model")
-        with running_server(scratch / "model", options.port) as process:
+        settings = ("--max-tokens", "8", "--max-waiting", "512", "--name", "nano")
+        with running_server(scratch / "model", options.port, *settings) as process:
             result = measure(process, options.port, options.examples, scratch)
     failed = [name for name, bad in result["verdict"].items() if bad]  # type: ignore[union-attr]
     print("failed: " + ", ".join(failed) if failed else "all of it holds")

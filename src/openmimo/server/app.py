@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -63,7 +64,7 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> ASGIApp:
     routes.add("GET", "/openapi.json", lambda _, __: _now(JsonAnswer(routes.schema())))
 
     app.add_exception_handler(Exception, _refused)
-    for kind in (MimoError, GoneError, HTTPException):
+    for kind in (MimoError, GoneError, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, _refused)
     app.state.service = service
     return Guard(app, service.options, service.metrics)
@@ -74,7 +75,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     match error:
         case ApiError():
             refusal = error
-        case GoneError():
+        case GoneError() | ClientDisconnect():
             return Response(status_code=499)
         case MimoError():
             refusal = bad_request(str(error))

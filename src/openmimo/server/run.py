@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import sys
+import threading
+from contextlib import suppress
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 import h11
@@ -15,19 +19,43 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from openmimo.server.guard import access_log
 from openmimo.server.options import ServerOptions
 
+LOG_LINES = 10_000  # that may wait to be written
+LOG_SECONDS = 2.0  # for those that wait at the end
 # A request's head has to be there within this time, or the connection is closed.
 HEAD_SECONDS = 10.0
 
 
 def serve(app: ASGIApp, options: ServerOptions, *, log_requests: bool = False) -> None:
     """Listen until SIGINT or SIGTERM; then no more is taken, and what was begun gets `drain_seconds`."""
+    handler, listener = _patient_log()
+    logging.getLogger().addHandler(handler)
     if log_requests:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        access_log.addHandler(handler)
         access_log.setLevel(logging.INFO)
-        access_log.propagate = False
-    make_server(app, options).run()
+    listener.start()
+    try:
+        make_server(app, options).run()
+    finally:
+        logging.getLogger().removeHandler(handler)
+        # The last lines, but not at the price of never ending.
+        end = threading.Thread(target=listener.stop, daemon=True)
+        end.start()
+        end.join(LOG_SECONDS)
+
+
+def _patient_log() -> tuple[logging.Handler, QueueListener]:
+    """Lines go to standard error from a thread of their own: whoever does not read them must not hold up requests."""
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
+    output = logging.StreamHandler(sys.stderr)
+    output.setFormatter(logging.Formatter("%(message)s"))
+    return _DroppingHandler(lines), QueueListener(lines, output)
+
+
+class _DroppingHandler(QueueHandler):
+    """Leaves lines out where too many wait."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with suppress(queue.Full):
+            self.queue.put_nowait(record)
 
 
 def make_server(app: ASGIApp, options: ServerOptions) -> uvicorn.Server:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
+import os
 import socket
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -12,6 +16,7 @@ import pytest
 from server_fakes import LiveServer, serving, small_engine
 
 from openmimo.errors import RequestError
+from openmimo.server import run
 from openmimo.server.options import ServerOptions
 from openmimo.text import Tokenizer
 
@@ -134,3 +139,25 @@ def test_a_connection_without_a_request_is_closed(live: LiveServer, monkeypatch:
     with httpx.Client(base_url=live.url, timeout=60) as client:
         for _ in range(2):  # the second on the same connection
             assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 900
+
+
+def test_a_log_that_nobody_reads_holds_up_nothing() -> None:
+    """Catches a server that stops because standard error is a full pipe, as under a supervisor that hangs."""
+    reading, writing = os.pipe()
+    handler, listener = run._patient_log()
+    (output,) = listener.handlers
+    assert isinstance(output, logging.StreamHandler)
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    with os.fdopen(writing, "w") as file:
+        output.setStream(file)
+        listener.start()
+        began = time.monotonic()
+        for _ in range(run.LOG_LINES + 1000):
+            logger.error("x" * 100)  # ten times what a pipe holds
+        assert time.monotonic() - began < 10
+        drain = threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(reading, 1 << 16), b"")])
+        drain.start()
+        listener.stop()
+    drain.join()
+    os.close(reading)

@@ -1,0 +1,216 @@
+"""A live server with more clients than it can serve, and with clients that go.
+
+    python benchmarks/server_load.py                       # both
+    python benchmarks/server_load.py disconnects --times 200
+
+`disconnects`: connections closed at random moments, streams or not, while others go on. Bars: no row, page or ticket is
+left over, and what the others got is what they got in a quiet run.
+`overload`: as many clients as the server has places give its peak; then ten times as many requests per second as that
+for a minute. Bars: sent = done + refused + cancelled exactly; tokens of finished answers per second at least 95% of the
+peak's; refusals within 50 ms (99 of 100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import describe_machine, print_result
+from openmimo.checkpoint import save_model
+from openmimo.config.model import preset
+from openmimo.model import build_model
+from openmimo.text import train_tokenizer
+from server_fuzz import running_server
+
+PLACES, WAITING, TOKENS = 32, 64, 128
+REFUSAL_SECONDS, GOODPUT = 0.05, 0.95
+
+
+@dataclass
+class Ledger:
+    """What the clients saw. `seconds` are those of refusals."""
+
+    sent: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter[str])
+    tokens: int = 0
+    seconds: list[float] = field(default_factory=list[float])
+    texts: list[str] = field(default_factory=list[str])
+
+
+def save_served_model(folder: Path) -> None:
+    """`tiny` with random weights and a small tokenizer."""
+    words = ("the", "weather", "in", "Paris", "is", "fine", "and", "warm")
+    tokenizer = train_tokenizer([f"{a} {b} {n}\n" for a in words for b in words for n in range(8)], vocab_size=400)
+    save_model(build_model(preset("tiny").replace(vocab_size=tokenizer.vocab_size), seed=0), folder)
+    tokenizer.save(folder)
+
+
+def body_of(number: int, tokens: int, *, stream: bool = False) -> bytes:
+    """A request whose answer depends on its number alone."""
+    prompt = "the weather in Paris " * (1 + number % 5) + str(number % 50)
+    wishes = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
+    content = json.dumps(wishes).encode()
+    headers = f"Host: 127.0.0.1\r\nContent-Length: {len(content)}\r\nConnection: close\r\n"
+    return f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n".encode() + content
+
+
+async def ask(port: int, number: int, tokens: int, ledger: Ledger) -> None:
+    """One whole request, entered into the ledger."""
+    ledger.sent += 1
+    began = time.perf_counter()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(body_of(number, tokens))
+        answer = await reader.read(-1)
+        writer.close()
+    except OSError as error:
+        ledger.outcomes[f"broken: {type(error).__name__}"] += 1
+        return
+    head, _, content = answer.partition(b"\r\n\r\n")
+    status = head.split(b" ", 2)[1].decode() if head.startswith(b"HTTP/1.1 ") else "none"
+    ledger.outcomes[status] += 1
+    if status == "200":
+        found = json.loads(content)
+        ledger.tokens += found["usage"]["completion_tokens"]
+        ledger.texts.append(found["choices"][0]["text"])
+    elif status == "429":
+        ledger.seconds.append(time.perf_counter() - began)
+
+
+async def load_of(port: int) -> dict[str, int]:
+    """The server's own view."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /load HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    answer = await reader.read(-1)
+    writer.close()
+    return json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+async def idle(port: int) -> dict[str, int]:
+    """The load once nothing is open, or after a quarter of a minute."""
+    for _ in range(150):
+        load = await load_of(port)
+        if not load["num_open"] and not load["num_running"]:
+            return load
+        await asyncio.sleep(0.1)
+    return await load_of(port)
+
+
+async def disconnects(port: int, times: int) -> dict[str, object]:
+    """Clients that go, beside clients that stay."""
+    quiet = Ledger()
+    for number in range(8):
+        await ask(port, number, TOKENS, quiet)
+    chance, stayed, stop = random.Random(0), Ledger(), asyncio.Event()
+
+    async def stay() -> None:
+        while not stop.is_set():
+            for number in range(8):
+                await ask(port, number, TOKENS, stayed)
+
+    async def go(number: int) -> None:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            content = body_of(number, 400, stream=chance.random() < 0.5)
+            writer.write(content[: chance.choice((len(content), len(content), len(content) // 2))])
+            await asyncio.sleep(chance.random() * 0.2)
+            writer.transport.abort() if chance.random() < 0.5 else writer.close()
+        except OSError:
+            pass
+
+    survivors = asyncio.ensure_future(stay())
+    for first in range(0, times, 20):
+        await asyncio.gather(*(go(first + place) for place in range(20)))
+    stop.set()
+    await survivors
+    load = await idle(port)
+    wrong = sum(text != quiet.texts[place % 8] for place, text in enumerate(stayed.texts))
+    left = {name: load[name] for name in ("num_open", "num_running", "num_waiting")}
+    print(f"{times:,} connections closed; left over: {left}; {len(stayed.texts)} answers beside them, {wrong} changed")
+    return {
+        "times": times,
+        "left": left,
+        "answers": len(stayed.texts),
+        "changed": wrong,
+        "failed": any(left.values()) or wrong > 0 or stayed.outcomes["200"] != stayed.sent,
+    }
+
+
+async def overload(port: int, seconds: float) -> dict[str, object]:
+    """The peak, then ten times its requests."""
+    peak, end = Ledger(), time.perf_counter() + seconds / 3
+
+    async def client(number: int) -> None:
+        while time.perf_counter() < end:
+            await ask(port, number, TOKENS, peak)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(PLACES)))
+    best = peak.tokens / (time.perf_counter() - began)
+    rate = 10 * peak.outcomes["200"] / (time.perf_counter() - began)
+    crowd, tasks, chance = Ledger(), set[asyncio.Task[None]](), random.Random(1)
+    began = time.perf_counter()
+    number = 0
+    while (now := time.perf_counter() - began) < seconds:
+        while number < now * rate:
+            task = asyncio.ensure_future(ask(port, chance.randrange(50), TOKENS, crowd))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            number += 1
+        await asyncio.sleep(0.002)
+    in_time = crowd.tokens / (time.perf_counter() - began)
+    await asyncio.gather(*tasks)
+    load = await idle(port)
+    late = statistics.quantiles(crowd.seconds, n=100)[98] if len(crowd.seconds) > 1 else 0.0
+    known = crowd.outcomes["200"] + crowd.outcomes["429"]
+    print(f"peak {best:,.0f} tokens/s with {PLACES} clients; then {rate:,.0f} requests/s for {seconds:.0f} s")
+    print(f"sent {crowd.sent:,} = {dict(crowd.outcomes)}; {in_time:,.0f} tokens/s ({in_time / best:.0%} of the peak)")
+    print(
+        f"refusals: median {1e3 * statistics.median(crowd.seconds or [0]):.1f} ms, 99 of 100 within {1e3 * late:.1f} ms"
+    )
+    return {
+        "peak_tokens_per_s": best,
+        "requests_per_s": rate,
+        "sent": crowd.sent,
+        "outcomes": dict(crowd.outcomes),
+        "goodput": in_time / best,
+        "refusal_p99_s": late,
+        "left": load["num_open"],
+        "failed": crowd.sent != known or in_time < GOODPUT * best or late > REFUSAL_SECONDS or load["num_open"] > 0,
+    }
+
+
+def main() -> int:
+    """Run what is asked for; print lines and a JSON line; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=("disconnects", "overload", []), default=[])
+    parser.add_argument("--times", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--port", type=int, default=8766)
+    options = parser.parse_args()
+    results: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        save_served_model(folder)
+        with running_server(folder, options.port, "--max-batch", str(PLACES), "--max-waiting", str(WAITING)):
+            if not options.what or "disconnects" in options.what:
+                results["disconnects"] = asyncio.run(disconnects(options.port, options.times))
+            if not options.what or "overload" in options.what:
+                results["overload"] = asyncio.run(overload(options.port, options.seconds))
+    failed = [name for name, result in results.items() if result["failed"]]
+    print("failed: " + ", ".join(failed) if failed else "all of it holds")
+    print_result("server_load", describe_machine(), results)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
