@@ -47,7 +47,14 @@ def _patient_log() -> tuple[logging.Handler, QueueListener]:
     lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
     output = logging.StreamHandler(sys.stderr)
     output.setFormatter(logging.Formatter("%(message)s"))
-    return _DroppingHandler(lines), QueueListener(lines, output)
+    return _DroppingHandler(lines), _PatientListener(lines, output)
+
+
+class _PatientListener(QueueListener):
+    """Waits for room where the last line of all finds the queue full."""
+
+    def enqueue_sentinel(self) -> None:
+        self.queue.put(None)
 
 
 class _DroppingHandler(QueueHandler):
