@@ -53,8 +53,12 @@ def _patient_log() -> tuple[logging.Handler, QueueListener]:
 class _PatientListener(QueueListener):
     """Waits for room where the last line of all finds the queue full."""
 
+    def __init__(self, lines: queue.Queue[Any], output: logging.Handler) -> None:
+        super().__init__(lines, output)
+        self._lines = lines
+
     def enqueue_sentinel(self) -> None:
-        self.queue.put(None)
+        self._lines.put(None)
 
 
 class _DroppingHandler(QueueHandler):
