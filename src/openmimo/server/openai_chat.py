@@ -16,7 +16,7 @@ from openmimo.server.errors import bad_request
 from openmimo.server.extras import extras_of
 from openmimo.server.formats import ResponseFormat, StructuredOutputs, constraint_of
 from openmimo.server.http import Event, EventStream, JsonAnswer, read_model, unless_gone
-from openmimo.server.reading import ChoiceReader, chat_logprob, completion_records, step_records, token_events
+from openmimo.server.reading import ChoiceReader, chat_logprob, token_events, token_records
 from openmimo.server.sampling import Body, SamplingFields, sampling_params
 from openmimo.server.service import Service, new_id
 from openmimo.server.tools import FunctionTool, ToolChoice, call_object, chosen_tools
@@ -90,6 +90,12 @@ async def _params(service: Service, body: ChatBody, num_prompt: int) -> Sampling
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     max_tokens = body.max_completion_tokens or body.max_tokens
+    if body.parallel_tool_calls is False and body.tools:
+        raise bad_request(
+            "parallel_tool_calls is false, which this server cannot promise; leave it out",
+            param="parallel_tool_calls",
+            code="unsupported_parameter",
+        )
     if body.max_tokens == 0:
         raise bad_request("max_tokens is 0; an answer has at least one token", param="max_tokens")
     most = service.options.max_logprobs
@@ -142,7 +148,7 @@ class _ChatAnswer:
                 message["tool_calls"] = [call_object(call) for call in parsed.tool_calls]
             elif not parsed.content:
                 message["content"] = ""
-            records = completion_records(completion, self.stop_ids)
+            records = token_records(completion, self.stop_ids)
             logprobs = [chat_logprob(record, self.service.tokenizer) for record in records]
             choices.append(
                 {
@@ -170,9 +176,8 @@ class _ChatAnswer:
             for event in events:
                 for chunk in self._step(readers[event.choice], event):
                     yield chunk
-        statistics = statistics_of([self.ticket])
         if self.body.wants_usage:
-            usage = usage_of(self.service, [self.ticket])
+            usage, statistics = usage_of(self.service, [self.ticket]), statistics_of([self.ticket])
             yield None, {**self.head, "object": f"{OBJECT}.chunk", "choices": [], "usage": usage, **statistics}
         yield None, "[DONE]"
 
@@ -180,7 +185,7 @@ class _ChatAnswer:
         deltas = [self._delta(reader, each) for each in reader.push(event)]
         extra: dict[str, Any] = {}
         if self.body.logprobs:
-            records = [chat_logprob(record, self.service.tokenizer) for record in step_records(event, self.stop_ids)]
+            records = [chat_logprob(record, self.service.tokenizer) for record in token_records(event, self.stop_ids)]
             extra["logprobs"] = {"content": records, "refusal": None} if records else None
         if self.body.token_events:
             extra["token_events"] = token_events(event, self.service.tokenizer)

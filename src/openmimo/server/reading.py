@@ -42,33 +42,18 @@ class ChoiceReader:
     def finish_reason(self) -> str:
         """OpenAI's word for how the answer ended."""
         assert self.completion is not None
-        return (
-            "tool_calls"
-            if self.num_calls and self.completion.finish_reason == "stop"
-            else (self.completion.finish_reason)
-        )
+        reason = self.completion.finish_reason
+        return "tool_calls" if self.num_calls and reason == "stop" else reason
 
 
-def step_records(event: StreamEvent, stop_ids: frozenset[int]) -> list[TokenRecord]:
-    """The records of a step's tokens; a final stop token is no part of the answer."""
-    if event.logprobs is None:
+def token_records(found: StreamEvent | Completion, stop_ids: frozenset[int]) -> list[TokenRecord]:
+    """The records of a step's or an answer's tokens; a final stop token is no part of the answer."""
+    if found.logprobs is None:
         return []
-    best = event.top_logprobs or ({},) * len(event.token_ids)
+    best = found.top_logprobs or ({},) * len(found.token_ids)
     return [
         TokenRecord(token_id=token, logprob=logprob, best=top)
-        for token, logprob, top in zip(event.token_ids, event.logprobs, best, strict=True)
-        if token not in stop_ids
-    ]
-
-
-def completion_records(completion: Completion, stop_ids: frozenset[int]) -> list[TokenRecord]:
-    """The same for a whole answer."""
-    if completion.logprobs is None:
-        return []
-    best = completion.top_logprobs or ({},) * len(completion.token_ids)
-    return [
-        TokenRecord(token_id=token, logprob=logprob, best=top)
-        for token, logprob, top in zip(completion.token_ids, completion.logprobs, best, strict=True)
+        for token, logprob, top in zip(found.token_ids, found.logprobs, best, strict=True)
         if token not in stop_ids
     ]
 

@@ -91,7 +91,12 @@ class Service:
         return await self._compute(len(text), lambda: self.tokenizer.encode(text))
 
     async def render(
-        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None, thinking: bool
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None,
+        thinking: bool,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation. Raises: ApiError 400 if it cannot fit or the template refuses it."""
         size = sum(len(message.content) + len(message.reasoning_content) for message in messages)
@@ -101,7 +106,13 @@ class Service:
             system = recommended_system_prompt(datetime.date.today())
         return await self._compute(
             size,
-            lambda: self.template.render(messages, tools=tools or None, enable_thinking=thinking, system=system),
+            lambda: self.template.render(
+                messages,
+                tools=tools or None,
+                enable_thinking=thinking,
+                system=system,
+                add_generation_prompt=add_generation_prompt,
+            ),
         )
 
     def check_ids(self, ids: Sequence[int]) -> list[int]:

@@ -91,7 +91,9 @@ async def tokenize(service: Service, request: Request) -> Response:
             messages = read_messages(body.messages or ())
         except TextError as error:
             raise bad_request(str(error), param="messages") from error
-        ids = await unless_gone(request, service.render(messages, tools=body.tools, thinking=thinking))
+        asks = body.add_generation_prompt is not False
+        work = service.render(messages, tools=body.tools, thinking=thinking, add_generation_prompt=asks)
+        ids = await unless_gone(request, work)
     strings = [service.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
     return JsonAnswer({"count": len(ids), "max_model_len": service.max_tokens, "tokens": ids, "token_strs": strings})
 

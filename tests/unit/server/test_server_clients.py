@@ -138,6 +138,15 @@ def test_json_by_schema_with_drafts_and_without(client: openai.OpenAI) -> None:
     assert json.loads(texts[0] or "")["a"] in (1, 2, 3)
 
 
+def test_a_conversation_is_tokenized_with_and_without_the_question(live: LiveServer) -> None:
+    """Catches a wish of the template's that is taken and not kept."""
+    counts = [
+        live.post("/tokenize", {"messages": MESSAGES, "add_generation_prompt": asks}).json()["count"]
+        for asks in (True, False)
+    ]
+    assert counts[0] > counts[1]
+
+
 def test_completions_take_texts_and_token_ids(client: openai.OpenAI, live: LiveServer) -> None:
     """Catches prompts that are taken apart wrongly, and choices in another order."""
     ids = live.post("/tokenize", {"prompt": "the weather"}).json()["tokens"]
