@@ -16,7 +16,19 @@ import openmimo
 from openmimo.cli import main as main_module
 from openmimo.errors import ConfigError
 
-EXPECTED_VERBS = ["demo", "train", "generate", "chat", "eval", "convert", "bench", "reproduce", "plan", "doctor"]
+EXPECTED_VERBS = [
+    "demo",
+    "train",
+    "generate",
+    "chat",
+    "serve",
+    "eval",
+    "convert",
+    "bench",
+    "reproduce",
+    "plan",
+    "doctor",
+]
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib", "safetensors", "jinja2")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from openmimo.__main__ import leave
 from openmimo.config.io import read_model_config
 from openmimo.config.train import OptimizerRecipe
 from openmimo.model import build_model
@@ -38,3 +39,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
