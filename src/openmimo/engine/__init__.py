@@ -1,7 +1,7 @@
 """Inference: continuous batching, sampling and MTP drafting over a `Runner`, for chat, evals, servers and rollouts."""
 
 from openmimo.engine.engine import Engine, Prompt
-from openmimo.engine.grammar import Grammar
+from openmimo.engine.grammar import Grammar, Thinking
 from openmimo.engine.loading import resolve_model_folder
 from openmimo.engine.request import (
     Completion,
@@ -32,5 +32,6 @@ __all__ = [
     "StepOutput",
     "StreamEvent",
     "TextCodec",
+    "Thinking",
     "resolve_model_folder",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
@@ -11,17 +10,27 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from openmimo.engine import Completion, StreamEvent
+from openmimo.engine import Completion
 from openmimo.errors import TextError
 from openmimo.server.errors import bad_request
+from openmimo.server.formats import constraint_of
 from openmimo.server.http import Event, EventStream, JsonAnswer, read_model, unless_gone
 from openmimo.server.reading import ChoiceReader
 from openmimo.server.sampling import Body, SamplingFields, sampling_params, stop_texts
 from openmimo.server.service import Service, new_id
-from openmimo.server.tools import checked_tools
+from openmimo.server.tools import CallDemand, call_demand, checked_tools
 from openmimo.server.usage import statistics_of
 from openmimo.server.worker import Ticket
-from openmimo.text import ContentDelta, Message, ReasoningDelta, ResponseEvent, ToolCall, ToolCallEvent
+from openmimo.text import (
+    ArgumentsDelta,
+    ContentDelta,
+    Message,
+    ReasoningDelta,
+    ResponseEvent,
+    ToolCall,
+    ToolCallEvent,
+    ToolCallStart,
+)
 
 
 class Block(Body):
@@ -125,6 +134,13 @@ async def messages(service: Service, request: Request) -> Response:
         max_tokens=min(body.max_tokens, room),
         logprobs=None,
         stop=stop_texts(body.stop_sequences, options, param="stop_sequences"),
+        constraint=await constraint_of(
+            service,
+            None,
+            calls=_demand(body),
+            thinking=body.thinks,
+            thinking_budget=body.thinking.budget_tokens if body.thinking else None,
+        ),
     )
     ticket = service.worker.submit(prompt, params, wants_steps=bool(body.stream))
     answer = _MessageAnswer(service, ticket, _tools(body), model)
@@ -149,11 +165,6 @@ async def _prompt(service: Service, request: Request, body: CountBody) -> list[i
 
 def _tools(body: CountBody) -> list[dict[str, Any]]:
     choice = body.tool_choice
-    if choice is not None and choice.type in ("any", "tool"):
-        raise bad_request(
-            f"tool_choice {choice.type!r} asks for a call, which this server cannot force; use 'auto' or 'none'",
-            param="tool_choice",
-        )
     if choice is not None and choice.type == "none":
         return []
     declared = [
@@ -161,6 +172,16 @@ def _tools(body: CountBody) -> list[dict[str, Any]]:
         for tool in body.tools or ()
     ]
     return checked_tools([{key: value for key, value in tool.items() if value is not None} for tool in declared])
+
+
+def _demand(body: MessagesBody) -> CallDemand | None:
+    choice = body.tool_choice
+    if choice is None:
+        return None
+    if choice.type == "tool" and choice.name is None:
+        raise bad_request("tool_choice is of type 'tool' without a name; name the function", param="tool_choice")
+    wish = {"any": "required", "tool": f":{choice.name}"}.get(choice.type, choice.type)
+    return call_demand(_tools(body), wish, False if choice.disable_parallel_tool_use else None)
 
 
 def _conversation(body: CountBody) -> list[Message]:
@@ -212,16 +233,19 @@ class _MessageAnswer:
     def whole(self) -> dict[str, Any]:
         """Anthropic's `message`."""
         (completion,) = self.ticket.completions
-        event = StreamEvent(token_ids=(), pieces=(completion.text,), drafted=(), completion=completion)
         blocks: list[dict[str, Any]] = []
-        for found in self.reader.push(event):
-            kind, start, text = _parts(found)
-            if kind != "tool_use" and blocks and blocks[-1]["type"] == kind:
-                blocks[-1][kind] += text
-            elif kind == "tool_use":
-                blocks.append({**start, "input": json.loads(text)})
-            else:
-                blocks.append({**start, kind: text})
+        for found in self.reader.read(completion):
+            match found:
+                case ToolCallEvent(call):
+                    blocks[-1]["input"] = dict(call.arguments)
+                case ArgumentsDelta():
+                    pass
+                case _:
+                    kind, start, text = _parts(found)
+                    if kind == "tool_use" or not blocks or blocks[-1]["type"] != kind:
+                        blocks.append(start)
+                    if kind != "tool_use":
+                        blocks[-1][kind] += text
         return {**self.head, "content": blocks, **self._end(completion), **statistics_of([self.ticket])}
 
     async def events(self) -> AsyncIterator[Event]:
@@ -243,9 +267,11 @@ class _MessageAnswer:
         yield "message_stop", {"type": "message_stop"}
 
     def _deltas(self, found: ResponseEvent) -> list[Event]:
+        if isinstance(found, ToolCallEvent):
+            return []
         kind, start, text = _parts(found)
         events: list[Event] = []
-        if kind != self._kind or kind == "tool_use":
+        if kind != self._kind or isinstance(found, ToolCallStart):
             if self._index >= 0:
                 events.append(self._stop())
             self._index, self._kind = self._index + 1, kind
@@ -274,13 +300,20 @@ class _MessageAnswer:
         }
 
 
-def _parts(found: ResponseEvent) -> tuple[str, dict[str, Any], str]:
+def _parts(
+    found: ReasoningDelta | ContentDelta | ToolCallStart | ArgumentsDelta,
+) -> tuple[str, dict[str, Any], str]:
     """The kind of block, its beginning, and the text to add."""
     match found:
         case ReasoningDelta(text):
             return "thinking", {"type": "thinking", "thinking": "", "signature": ""}, text
         case ContentDelta(text):
             return "text", {"type": "text", "text": ""}, text
-        case ToolCallEvent(call):
-            start = {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name, "input": {}}
-            return "tool_use", start, json.dumps(call.arguments, ensure_ascii=False)
+        case ToolCallStart(name):
+            return (
+                "tool_use",
+                {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": name, "input": {}},
+                "",
+            )
+        case ArgumentsDelta(text):
+            return "tool_use", {}, text

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from openmimo.config.strict_json import parse_json_object
-from openmimo.engine import Constraint, Grammar
+from openmimo.engine import Constraint, Grammar, Thinking
 from openmimo.errors import MimoError
 from openmimo.server.errors import bad_request
 from openmimo.server.sampling import Body
 from openmimo.server.service import Service
+from openmimo.server.tools import CallDemand
+from openmimo.text.call_grammar import call_grammar
 
 COMPILE_SECONDS = 2.0
 
@@ -60,7 +62,13 @@ class StructuredOutputs(Body):
 
 
 async def constraint_of(
-    service: Service, form: ResponseFormat | None, structure: StructuredOutputs | None = None, *, thinking: bool
+    service: Service,
+    form: ResponseFormat | None,
+    structure: StructuredOutputs | None = None,
+    calls: CallDemand | None = None,
+    *,
+    thinking: bool,
+    thinking_budget: int | None = None,
 ) -> Constraint | None:
     """The engine's constraint, after the think block if there is one, or None.
 
@@ -74,23 +82,27 @@ async def constraint_of(
             wanted.append(("json", {"type": "object"}))
         case SchemaFormat():
             wanted.append(("json", form.json_schema.schema_))
+    if calls is not None:
+        wanted.append(("calls", calls))
+    block = service.think_block(thinking_budget) if thinking else None
     if not wanted and structure is None:
-        return None
+        return None if block is None or thinking_budget is None else Grammar.think(block)
     if len(wanted) != 1:
         raise bad_request(
-            f"{len(wanted)} forms are given for the answer; give one, in response_format or structured_outputs",
-            param="structured_outputs",
+            f"{len(wanted)} forms are given for the answer; give one, in response_format, structured_outputs or "
+            "tool_choice (parallel_tool_calls=false counts too)",
+            param="structured_outputs" if len(wanted) == 0 or calls is None else "tool_choice",
         )
     ((kind, value),) = wanted
-    return await _compiled(service, kind, value, service.think_end if thinking else None)
+    return await _compiled(service, kind, value, block)
 
 
-async def _compiled(service: Service, kind: str, value: Any, after: int | None) -> Grammar:
-    param = "response_format" if kind == "json" else "structured_outputs"
-    most, size = service.options.max_grammar_bytes, len(json.dumps(value))
+async def _compiled(service: Service, kind: str, value: Any, thinking: Thinking | None) -> Grammar:
+    param = {"json": "response_format", "calls": "tools"}.get(kind, "structured_outputs")
+    most, size = service.options.max_grammar_bytes, len(json.dumps(value.functions if kind == "calls" else value))
     if size > most:
         raise bad_request(f"the {kind} has {size} characters; at most {most} are taken", param=param)
-    work = asyncio.to_thread(_grammar, service, kind, value, after)
+    work = asyncio.to_thread(_grammar, service, kind, value, thinking)
     try:
         return await asyncio.wait_for(work, COMPILE_SECONDS)
     except TimeoutError as error:
@@ -101,15 +113,19 @@ async def _compiled(service: Service, kind: str, value: Any, after: int | None) 
         raise bad_request(str(error), param=param) from error
 
 
-def _grammar(service: Service, kind: str, value: Any, after: int | None) -> Grammar:
+def _grammar(service: Service, kind: str, value: Any, thinking: Thinking | None) -> Grammar:
+    tokenizer = service.tokenizer
     match kind:
         case "json":
             schema = parse_json_object(value.encode(), what="the schema") if isinstance(value, str) else value
-            return Grammar.json_schema(service.tokenizer, schema, after=after)
+            return Grammar.json_schema(tokenizer, schema, thinking=thinking)
         case "regex":
-            return Grammar.regex(service.tokenizer, value, after=after)
+            return Grammar.regex(tokenizer, value, thinking=thinking)
         case "choice":
             words = " | ".join(json.dumps(word, ensure_ascii=False) for word in value)
-            return Grammar.lark(service.tokenizer, f"start: {words}", after=after)
+            return Grammar.lark(tokenizer, f"start: {words}", thinking=thinking)
+        case "calls":
+            text = call_grammar(tokenizer, value.functions, forced=value.forced, parallel=value.parallel)
+            return Grammar.lark(tokenizer, text, thinking=thinking)
         case _:
-            return Grammar.lark(service.tokenizer, value, after=after)
+            return Grammar.lark(tokenizer, value, thinking=thinking)

@@ -19,10 +19,27 @@ from openmimo.server.http import Event, EventStream, JsonAnswer, read_model, unl
 from openmimo.server.reading import ChoiceReader, chat_logprob, token_events, token_records
 from openmimo.server.sampling import Body, SamplingFields, sampling_params
 from openmimo.server.service import Service, new_id
-from openmimo.server.tools import FunctionTool, ToolChoice, call_object, chosen_tools
+from openmimo.server.tools import (
+    FunctionTool,
+    NamedTool,
+    ToolChoice,
+    call_demand,
+    call_object,
+    chosen_tools,
+    whole_calls,
+)
 from openmimo.server.usage import statistics_of, usage_of
 from openmimo.server.worker import Ticket
-from openmimo.text import ContentDelta, Message, ReasoningDelta, ResponseEvent, ToolCallEvent, join_events
+from openmimo.text import (
+    ArgumentsDelta,
+    ContentDelta,
+    Message,
+    ReasoningDelta,
+    ResponseEvent,
+    ToolCallEvent,
+    ToolCallStart,
+    join_events,
+)
 from openmimo.text.messages import read_messages
 
 OBJECT = "chat.completion"
@@ -49,6 +66,7 @@ class ChatBody(SamplingFields):
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     structured_outputs: StructuredOutputs | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0, lt=2**31)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
 
     @property
@@ -71,7 +89,7 @@ async def chat(service: Service, request: Request) -> Response:
     messages = _messages(body)
     tools = chosen_tools(body.tools, body.tool_choice)
     prompt = await unless_gone(request, service.render(messages, tools=tools, thinking=body.thinking))
-    params = await _params(service, body, len(prompt))
+    params = await _params(service, body, len(prompt), tools)
     ticket = service.worker.submit(
         prompt, params, draft_heads=service.check_heads(body.draft_heads), wants_steps=bool(body.stream)
     )
@@ -86,18 +104,13 @@ async def chat(service: Service, request: Request) -> Response:
     return JsonAnswer(answer.whole())
 
 
-async def _params(service: Service, body: ChatBody, num_prompt: int) -> SamplingParams:
+async def _params(service: Service, body: ChatBody, num_prompt: int, tools: list[dict[str, Any]]) -> SamplingParams:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     max_tokens = body.max_completion_tokens or body.max_tokens
-    if body.parallel_tool_calls is False and body.tools:
-        raise bad_request(
-            "parallel_tool_calls is false, which this server cannot promise; leave it out",
-            param="parallel_tool_calls",
-            code="unsupported_parameter",
-        )
     if body.max_tokens == 0:
         raise bad_request("max_tokens is 0; an answer has at least one token", param="max_tokens")
+    choice = f":{body.tool_choice.function.name}" if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     most = service.options.max_logprobs
     if body.top_logprobs is not None and (not body.logprobs or body.top_logprobs > most):
         raise bad_request(f"top_logprobs is {body.top_logprobs}; give 0 to {most}, and logprobs", param="top_logprobs")
@@ -107,7 +120,14 @@ async def _params(service: Service, body: ChatBody, num_prompt: int) -> Sampling
         room=service.room(num_prompt),
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=await constraint_of(service, body.response_format, body.structured_outputs, thinking=body.thinking),
+        constraint=await constraint_of(
+            service,
+            body.response_format,
+            body.structured_outputs,
+            call_demand(tools, choice, body.parallel_tool_calls),
+            thinking=body.thinking,
+            thinking_budget=body.thinking_token_budget,
+        ),
     )
 
 
@@ -139,13 +159,13 @@ class _ChatAnswer:
         choices: list[dict[str, Any]] = []
         for completion in sorted(self.ticket.completions, key=lambda each: each.choice):
             reader = ChoiceReader(completion.choice, self.tools)
-            event = StreamEvent(token_ids=(), pieces=(completion.text,), drafted=(), completion=completion)
-            parsed = join_events(reader.push(event))
+            events = reader.read(completion)
+            parsed, calls = join_events(events), whole_calls(events)
             message: dict[str, Any] = {"role": "assistant", "content": parsed.content or None, "refusal": None}
             if parsed.reasoning:
                 message |= {"reasoning_content": parsed.reasoning, "reasoning": parsed.reasoning}
-            if parsed.tool_calls:
-                message["tool_calls"] = [call_object(call) for call in parsed.tool_calls]
+            if calls:
+                message["tool_calls"] = calls
             elif not parsed.content:
                 message["content"] = ""
             records = token_records(completion, self.stop_ids)
@@ -182,7 +202,7 @@ class _ChatAnswer:
         yield None, "[DONE]"
 
     def _step(self, reader: ChoiceReader, event: StreamEvent) -> list[Event]:
-        deltas = [self._delta(reader, each) for each in reader.push(event)]
+        deltas = [delta for each in reader.push(event) if (delta := self._delta(reader, each))]
         extra: dict[str, Any] = {}
         if self.body.logprobs:
             records = [chat_logprob(record, self.service.tokenizer) for record in token_records(event, self.stop_ids)]
@@ -205,9 +225,13 @@ class _ChatAnswer:
                 return {"reasoning_content": text, "reasoning": text}
             case ContentDelta(text):
                 return {"content": text}
-            case ToolCallEvent(call):
-                reader.num_sent += 1
-                return {"tool_calls": [{"index": reader.num_sent - 1, **call_object(call)}]}
+            case ToolCallStart(name):
+                reader.num_started += 1
+                return {"tool_calls": [{"index": reader.num_started - 1, **call_object(name)}]}
+            case ArgumentsDelta(text):
+                return {"tool_calls": [{"index": reader.num_started - 1, "function": {"arguments": text}}]}
+            case ToolCallEvent():
+                return {}
 
     def _chunk(self, reader: ChoiceReader, delta: dict[str, Any], extra: dict[str, Any] | None = None) -> Event:
         choice = {"index": reader.choice, "delta": delta, "logprobs": None, "finish_reason": None, **(extra or {})}

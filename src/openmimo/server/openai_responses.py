@@ -12,7 +12,7 @@ from fastapi import Request
 from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
-from openmimo.engine import Completion, StreamEvent
+from openmimo.engine import Completion
 from openmimo.errors import TextError
 from openmimo.server.errors import bad_request
 from openmimo.server.formats import JsonFormat, SchemaFields, SchemaFormat, TextFormat, constraint_of
@@ -20,10 +20,19 @@ from openmimo.server.http import Event, EventStream, JsonAnswer, read_model, unl
 from openmimo.server.reading import ChoiceReader
 from openmimo.server.sampling import Body, SamplingFields, sampling_params
 from openmimo.server.service import Service, new_id
-from openmimo.server.tools import FunctionFields, NamedFunction, checked_tools
+from openmimo.server.tools import FunctionFields, NamedFunction, call_demand, checked_tools
 from openmimo.server.usage import statistics_of, usage_of
 from openmimo.server.worker import Ticket
-from openmimo.text import ContentDelta, Message, ReasoningDelta, ResponseEvent, ToolCall, ToolCallEvent
+from openmimo.text import (
+    ArgumentsDelta,
+    ContentDelta,
+    Message,
+    ReasoningDelta,
+    ResponseEvent,
+    ToolCall,
+    ToolCallEvent,
+    ToolCallStart,
+)
 from openmimo.text.messages import read_messages
 
 
@@ -133,13 +142,16 @@ async def respond(service: Service, request: Request) -> Response:
     if isinstance(form, FlatSchema):
         fields = SchemaFields.model_validate(form.model_dump(by_alias=True, exclude={"type"}))
         form = SchemaFormat(type="json_schema", json_schema=fields)
+    choice = f":{body.tool_choice.name}" if isinstance(body.tool_choice, FlatChoice) else body.tool_choice
     params = sampling_params(
         SamplingFields(temperature=body.temperature, top_p=body.top_p),
         service.options,
         room=service.room(len(prompt)),
         max_tokens=body.max_output_tokens,
         logprobs=None,
-        constraint=await constraint_of(service, form, thinking=body.thinks),
+        constraint=await constraint_of(
+            service, form, calls=call_demand(tools, choice, body.parallel_tool_calls), thinking=body.thinks
+        ),
     )
     ticket = service.worker.submit(prompt, params, wants_steps=bool(body.stream))
     answer = _ResponseAnswer(service, body, ticket, tools, model)
@@ -161,8 +173,6 @@ def _tools(body: ResponsesBody) -> list[dict[str, Any]]:
                 param=name,
                 code="unsupported_parameter",
             )
-    if body.tool_choice == "required" or isinstance(body.tool_choice, FlatChoice):
-        raise bad_request("tool_choice asks for a call, which this server cannot force", param="tool_choice")
     if not body.tools or body.tool_choice == "none":
         return []
     return checked_tools([tool.model_dump(exclude_none=True, exclude={"strict", "type"}) for tool in body.tools])
@@ -221,8 +231,9 @@ def _text_of(content: str | Sequence[Part] | None) -> str:
 class _Output:
     """An item of the answer while it grows."""
 
-    def __init__(self, kind: str, call: ToolCall | None = None) -> None:
-        self.kind, self.call, self.text = kind, call, ""
+    def __init__(self, kind: str, name: str = "") -> None:
+        self.kind, self.name, self.text = kind, name, ""
+        self.is_whole = kind != "function_call"
         prefix = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}[kind]
         self.item_id = new_id(prefix)
         self.call_id = f"call_{secrets.token_hex(12)}"
@@ -236,12 +247,16 @@ class _Output:
     def item(self, status: str) -> dict[str, Any]:
         """The item as it is now."""
         base: dict[str, Any] = {"id": self.item_id, "type": self.kind, "status": status}
-        if self.call is not None:
-            return {**base, "call_id": self.call_id, "name": self.call.name, "arguments": self.text}
+        if self.kind == "function_call":
+            return {**base, "call_id": self.call_id, "name": self.name, "arguments": self.text}
         content = [self.part()] if status != "in_progress" else []
         if self.kind == "reasoning":
             return {**base, "summary": [], "content": content}
         return {**base, "role": "assistant", "content": content}
+
+    def final_item(self) -> dict[str, Any]:
+        """The item as it stays; a call that broke off is incomplete."""
+        return self.item("completed" if self.is_whole else "incomplete")
 
 
 class _ResponseAnswer:
@@ -259,8 +274,7 @@ class _ResponseAnswer:
     def whole(self) -> dict[str, Any]:
         """OpenAI's `response`."""
         (completion,) = self.ticket.completions
-        event = StreamEvent(token_ids=(), pieces=(completion.text,), drafted=(), completion=completion)
-        for found in self.reader.push(event):
+        for found in self.reader.read(completion):
             self._grow(found)
         return self._response(completion)
 
@@ -283,16 +297,22 @@ class _ResponseAnswer:
 
     def _grow(self, found: ResponseEvent) -> tuple[_Output, bool, str]:
         """The item that goes on, whether it is a new one, and the text that it got."""
+        name = ""
         match found:
             case ReasoningDelta(text):
-                kind, call = "reasoning", None
+                kind = "reasoning"
             case ContentDelta(text):
-                kind, call = "message", None
-            case ToolCallEvent(call):
-                kind, text = "function_call", json.dumps(call.arguments, ensure_ascii=False)
-        is_new = not self.outputs or self.outputs[-1].kind != kind or call is not None
+                kind = "message"
+            case ToolCallStart(name):
+                kind, text = "function_call", ""
+            case ArgumentsDelta(text):
+                kind = "function_call"
+            case ToolCallEvent():
+                self.outputs[-1].is_whole = True
+                return self.outputs[-1], False, ""
+        is_new = not self.outputs or self.outputs[-1].kind != kind or isinstance(found, ToolCallStart)
         if is_new:
-            self.outputs.append(_Output(kind, call))
+            self.outputs.append(_Output(kind, name))
         self.outputs[-1].text += text
         return self.outputs[-1], is_new, text
 
@@ -306,29 +326,28 @@ class _ResponseAnswer:
                 events += self._done(before)
             item = output.item("in_progress")
             events.append(self._event("response.output_item.added", output_index=place, item=item))
-            if output.call is None:
+            if output.kind != "function_call":
                 part = {**output.part(), "text": ""}
                 events.append(self._event("response.content_part.added", **self._at(output), part=part))
-        name = _delta_name(output)
-        events.append(self._event(f"response.{name}.delta", **self._at(output), delta=text))
+        if text:
+            events.append(self._event(f"response.{_delta_name(output)}.delta", **self._at(output), delta=text))
         return events
 
     def _done(self, output: _Output) -> list[Event]:
         name, at = _delta_name(output), self._at(output)
         place = self.outputs.index(output)
-        if output.call is not None:
-            events = [self._event(f"response.{name}.done", **at, name=output.call.name, arguments=output.text)]
+        if output.kind == "function_call":
+            events = [self._event(f"response.{name}.done", **at, name=output.name, arguments=output.text)]
         else:
             events = [
                 self._event(f"response.{name}.done", **at, text=output.text),
                 self._event("response.content_part.done", **at, part=output.part()),
             ]
-        item = output.item("completed")
-        return [*events, self._event("response.output_item.done", output_index=place, item=item)]
+        return [*events, self._event("response.output_item.done", output_index=place, item=output.final_item())]
 
     def _at(self, output: _Output) -> dict[str, Any]:
         place: dict[str, Any] = {"item_id": output.item_id, "output_index": self.outputs.index(output)}
-        return place if output.call is not None else {**place, "content_index": 0, "logprobs": []}
+        return place if output.kind == "function_call" else {**place, "content_index": 0, "logprobs": []}
 
     def _event(self, kind: str, **fields: Any) -> Event:
         self._number += 1
@@ -362,8 +381,8 @@ class _ResponseAnswer:
             "instructions": self.body.instructions,
             "max_output_tokens": self.body.max_output_tokens,
             "metadata": self.body.metadata or {},
-            "output": [] if completion is None else [output.item("completed") for output in self.outputs],
-            "parallel_tool_calls": True,
+            "output": [] if completion is None else [output.final_item() for output in self.outputs],
+            "parallel_tool_calls": self.body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,

@@ -25,9 +25,9 @@ class ChoiceReader:
     def __init__(self, choice: int, tools: Sequence[Mapping[str, Any]]) -> None:
         self.choice = choice
         self.completion: Completion | None = None
-        self.num_calls = 0
-        self.num_sent = 0  # calls that a stream has passed on
-        self._parser = ResponseParser(tools)
+        self.num_calls = 0  # complete ones
+        self.num_started = 0
+        self._parser = ResponseParser(tools, stream_arguments=True)
 
     def push(self, event: StreamEvent) -> list[ResponseEvent]:
         """What the event completes; the last event sets `completion`."""
@@ -37,6 +37,10 @@ class ChoiceReader:
             found += self._parser.finish()
         self.num_calls += sum(isinstance(each, ToolCallEvent) for each in found)
         return found
+
+    def read(self, completion: Completion) -> list[ResponseEvent]:
+        """A whole answer at once."""
+        return self.push(StreamEvent(token_ids=(), pieces=(completion.text,), drafted=(), completion=completion))
 
     @property
     def finish_reason(self) -> str:

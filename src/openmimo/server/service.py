@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from openmimo.config.model import ModelConfig
-from openmimo.engine import PAGE_TOKENS, Engine
+from openmimo.engine import PAGE_TOKENS, Engine, Thinking
 from openmimo.errors import MimoError, RequestError
 from openmimo.server.errors import ApiError, bad_request
 from openmimo.server.metrics import ServerMetrics
@@ -131,10 +131,10 @@ class Service:
             raise bad_request(f"draft_heads is {draft_heads}; give 0 to {most}, or 'auto'", param="draft_heads")
         return draft_heads
 
-    @property
-    def think_end(self) -> int:
-        """The token that ends a think block."""
-        return self.tokenizer.special(THINK_END.decode())
+    def think_block(self, budget: int | None) -> Thinking:
+        """The tokens around a think block, with its most tokens."""
+        start, end = (self.tokenizer.special(tag.decode()) for tag in (THINK_START, THINK_END))
+        return Thinking(start=start, end=end, budget=budget)
 
     def num_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
         """How many tokens at the beginning of an answer belong to a think block, however it is spelled."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from openmimo.text.messages import Message, ToolCall
 from openmimo.text.mimo_template import DEFAULT_SYSTEM
 from openmimo.text.parsers import (
+    ArgumentsDelta,
     ContentDelta,
     ParsedResponse,
     ReasoningDelta,
     ResponseEvent,
     ResponseParser,
     ToolCallEvent,
+    ToolCallStart,
     join_events,
     parse_response,
 )
@@ -21,6 +23,7 @@ from openmimo.text.training import train_tokenizer
 __all__ = [
     "DEFAULT_SYSTEM",
     "AddedToken",
+    "ArgumentsDelta",
     "ChatTemplate",
     "ContentDelta",
     "IncrementalDecoder",
@@ -32,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "ToolCall",
     "ToolCallEvent",
+    "ToolCallStart",
     "join_events",
     "parse_response",
     "recommended_system_prompt",

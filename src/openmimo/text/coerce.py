@@ -32,6 +32,17 @@ def coerce_argument(text: str, schema: object, root: Schema) -> Any:
     return text
 
 
+def is_text(schema: object, root: Schema) -> bool:
+    """Whether every text stays as it is under `schema`."""
+    return not _kinds(schema, root, _MAX_DEPTH) & {kind for kind, _ in _READERS}
+
+
+def allows_text(schema: object, root: Schema) -> bool:
+    """Whether any text is a value under `schema`."""
+    kinds = _kinds(schema, root, _MAX_DEPTH)
+    return not kinds or "string" in kinds
+
+
 def _kinds(schema: object, root: Schema, depth: int) -> set[str]:
     """The JSON types that a schema allows; empty if it does not say."""
     if not isinstance(schema, Mapping) or depth == 0:

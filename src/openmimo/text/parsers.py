@@ -10,18 +10,24 @@ Rules:
   declarations (`tools=None`) every name counts, and all arguments are text.
 - White space that only separates blocks (after `</think>` or `</tool_call>`, before `<tool_call>` or the end)
   is dropped.
+
+With `stream_arguments`, a call to a declared function outside of reasoning counts from its first parameter on, and
+its arguments are passed on as they grow. What breaks the grammar after that leaves an unfinished call behind, whose
+JSON is never closed, instead of text; a call that only lacks `</tool_call>` is complete.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from openmimo.errors import TextError
+from openmimo.text.call_stream import ArgumentsWriter
 from openmimo.text.coerce import coerce_argument
 from openmimo.text.messages import ToolCall, read_tools
-from openmimo.text.tool_block import OPEN, SPACE, THINK_END, ToolBlock, Verdict
+from openmimo.text.tool_block import OPEN, SPACE, THINK_END, ToolBlock, Verdict, unfinished_tag
 
 THINK_START = "<think>"
 
@@ -41,13 +47,27 @@ class ContentDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A tool call begins, where arguments are streamed; every complete call has this event too."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentsDelta:
+    """More of the JSON text of the arguments."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallEvent:
     """A complete tool call."""
 
     call: ToolCall
 
 
-ResponseEvent = ReasoningDelta | ContentDelta | ToolCallEvent
+ResponseEvent = ReasoningDelta | ContentDelta | ToolCallStart | ArgumentsDelta | ToolCallEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +101,18 @@ def join_events(events: Sequence[ResponseEvent]) -> ParsedResponse:
 class ResponseParser:
     """`parse_response` for text that arrives in pieces: the events join to the same result, however it is cut.
 
-    Text is passed on as soon as it cannot be the start of a tag; tool calls when they are complete.
+    Text is passed on as soon as it cannot be the start of a tag; tool calls when they are complete, or their arguments
+    as they grow.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, *, stream_arguments: bool = False) -> None:
         self._tools = None if tools is None else {tool["name"]: tool.get("parameters") for tool in read_tools(tools)}
         self._events: list[ResponseEvent] = []
         self._buffer = ""
         self._held_space = ""
         self._block: ToolBlock | None = None
+        self._writer: ArgumentsWriter | None = None
+        self._streams = stream_arguments
         self._thinking = False
         # Only white space since the start of the answer or the end of a block.
         self._opening = True
@@ -146,7 +169,7 @@ class ResponseParser:
         tags = (THINK_END, OPEN) if self._thinking else (OPEN,)
         places = {place: tag for tag in tags if (place := self._buffer.find(tag)) >= 0}
         if not places:
-            waiting = 0 if final else _unfinished_tag(self._buffer, tags)
+            waiting = 0 if final else unfinished_tag(self._buffer, *tags)
             self._emit(self._take(len(self._buffer) - waiting))
             return False
         first = min(places)
@@ -160,31 +183,59 @@ class ResponseParser:
 
     def _step_block(self, block: ToolBlock, final: bool) -> bool:
         verdict = block.advance(self._buffer, final=final)
+        known = self._tools is None or block.name in self._tools
+        if self._streams and known and block.has_begun and not self._thinking:
+            self._stream(block)
+            if verdict is Verdict.FAILED and block.has_ended:
+                verdict = Verdict.DONE
         if verdict is Verdict.WAIT:
             return False
         self._block = None
-        known = self._tools is None or block.name in self._tools
         if verdict is Verdict.DONE and known:
             self._take(block.end)
+            self._end_call(self._call(block))
+        elif self._writer is not None:
+            # Unfinished; of an answer that ends here, nothing is left.
+            self._take(len(self._buffer) if final else block.end)
+            self._end_call(None)
+        else:
+            # A failed block may hide a good one, so only its first tag is text for sure.
+            self._emit(self._held_space + self._take(block.end if verdict is Verdict.DONE else len(OPEN)))
             self._held_space = ""
-            self._events.append(ToolCallEvent(self._call(block)))
             if not self._thinking:
-                self._opening, self._may_think, self._had_block = True, False, True
-            return True
-        # A failed block may hide a good one, so only its first tag is text for sure.
-        self._emit(self._held_space + self._take(block.end if verdict is Verdict.DONE else len(OPEN)))
-        self._held_space = ""
-        if not self._thinking:
-            self._opening = self._may_think = False
+                self._opening = self._may_think = False
         return True
 
+    def _stream(self, block: ToolBlock) -> None:
+        if self._writer is None:
+            self._writer = ArgumentsWriter(self._schema(block.name))
+            self._events.append(ToolCallStart(block.name))
+        if more := self._writer.more(block, self._buffer):
+            self._events.append(ArgumentsDelta(more))
+
+    def _end_call(self, call: ToolCall | None) -> None:
+        self._held_space = ""
+        if call is not None:
+            if self._streams:
+                if self._writer is None:
+                    self._events += [ToolCallStart(call.name), ArgumentsDelta(_dumped(call))]
+                else:
+                    self._events.append(ArgumentsDelta(self._writer.end()))
+            self._events.append(ToolCallEvent(call))
+        self._writer = None
+        if not self._thinking:
+            self._opening, self._may_think, self._had_block = True, False, True
+
     def _call(self, block: ToolBlock) -> ToolCall:
-        schema = (self._tools or {}).get(block.name) or {}
+        schema = self._schema(block.name)
         properties = schema.get("properties")
         known = properties if isinstance(properties, Mapping) else {}
         return ToolCall(
             block.name, {key: coerce_argument(value, known.get(key), schema) for key, value in block.parameters}
         )
+
+    def _schema(self, name: str) -> Mapping[str, Any]:
+        return (self._tools or {}).get(name) or {}
 
     def _take(self, length: int) -> str:
         taken, self._buffer = self._buffer[:length], self._buffer[length:]
@@ -195,10 +246,5 @@ class ResponseParser:
             self._events.append(ReasoningDelta(text) if self._thinking else ContentDelta(text))
 
 
-def _unfinished_tag(text: str, tags: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the start of one of `tags`."""
-    longest = min(len(text), max(map(len, tags)) - 1)
-    for length in range(longest, 0, -1):
-        if any(tag.startswith(text[-length:]) for tag in tags):
-            return length
-    return 0
+def _dumped(call: ToolCall) -> str:
+    return json.dumps(call.arguments, ensure_ascii=False)

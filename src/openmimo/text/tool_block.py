@@ -17,7 +17,7 @@ SPACE = " \t\r\n"
 MAX_NAME_CHARACTERS = 256
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
-_CLOSE = "</tool_call>"
+CLOSE = "</tool_call>"
 _NAME = re.compile(rf"([^<>\r\n]{{1,{MAX_NAME_CHARACTERS}}})>")
 _PARTIAL_NAME = re.compile(rf"[^<>\r\n]{{0,{MAX_NAME_CHARACTERS}}}\Z")
 
@@ -57,6 +57,23 @@ class ToolBlock:
                 return Verdict.DONE
             if verdict is not None:
                 return verdict
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the function's first parameter, or its end, has been seen."""
+        return bool(self.parameters) or self._step in (self._read_value, self._read_close)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether only the last tag is missing."""
+        return self._step == self._read_close
+
+    def open_value(self, text: str) -> tuple[str, str] | None:
+        """The parameter that is being written, with as much of its value as is sure; None between parameters."""
+        if self._step != self._read_value:
+            return None
+        found = text.find(_PARAMETER_END, self._scan)
+        return self._key, text[self.end : found if found >= 0 else len(text) - unfinished_tag(text, _PARAMETER_END)]
 
     def _read_function(self, text: str) -> Verdict | None:
         start = _skip_space(text, self.end)
@@ -106,10 +123,19 @@ class ToolBlock:
 
     def _read_close(self, text: str) -> Verdict | None:
         start = _skip_space(text, self.end)
-        if text.startswith(_CLOSE, start):
-            self.end = start + len(_CLOSE)
+        if text.startswith(CLOSE, start):
+            self.end = start + len(CLOSE)
             return Verdict.DONE
-        return _wait_for(text, start, _CLOSE)
+        return _wait_for(text, start, CLOSE)
+
+
+def unfinished_tag(text: str, *tags: str) -> int:
+    """How many characters at the end of `text` may be the start of one of `tags`."""
+    longest = min(len(text), max(map(len, tags)) - 1)
+    for length in range(longest, 0, -1):
+        if any(tag.startswith(text[-length:]) for tag in tags):
+            return length
+    return 0
 
 
 def _skip_space(text: str, start: int) -> int:

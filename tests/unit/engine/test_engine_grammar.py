@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from engine_fakes import small_config
 
-from openmimo.engine import Engine, Grammar, SamplingParams
+from openmimo.engine import Engine, Grammar, SamplingParams, Thinking
 from openmimo.errors import RequestError
 from openmimo.model import build_model
-from openmimo.text import Tokenizer, train_tokenizer
+from openmimo.text import Tokenizer, parse_response, train_tokenizer
+from openmimo.text.call_grammar import call_grammar
 
 SCHEMA = {
     "type": "object",
@@ -86,7 +87,8 @@ def test_a_window_is_masked_as_its_tokens_one_by_one(tokenizer: Tokenizer) -> No
 def test_thinking_is_free_and_an_answer_follows_it(engine: Engine, tokenizer: Tokenizer) -> None:
     """Catches a grammar that binds the thoughts, or an answer that ends inside them; the token is drawn by chance."""
     after = tokenizer.special("</think>")
-    grammar = Grammar.json_schema(tokenizer, {"enum": [1, 2]}, after=after)
+    thinking = Thinking(start=tokenizer.special("<think>"), end=after)
+    grammar = Grammar.json_schema(tokenizer, {"enum": [1, 2]}, thinking=thinking)
     bias = {after: 4.0}
     params = SamplingParams(temperature=1.5, max_tokens=400, seed=2, constraint=grammar, logit_bias=bias)
     lengths: list[int] = []
@@ -96,6 +98,78 @@ def test_thinking_is_free_and_an_answer_follows_it(engine: Engine, tokenizer: To
             assert answer in ("1", "2")
             lengths.append(len(thoughts))
     assert max(lengths) > 3
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_spent_budget_ends_the_thoughts(engine: Engine, tokenizer: Tokenizer, bound: bool) -> None:
+    """Catches thoughts that go on, drafts that reach past the budget, and answers without thoughts that are cut."""
+    start, end = tokenizer.special("<think>"), tokenizer.special("</think>")
+    thinking = Thinking(start=start, end=end, budget=7)
+    schema = {"enum": [1, 2]}
+    grammar = Grammar.json_schema(tokenizer, schema, thinking=thinking) if bound else Grammar.think(thinking)
+    params = SamplingParams(temperature=1.5, max_tokens=40, seed=2, constraint=grammar, logit_bias={start: 30.0})
+    answers = [engine.with_drafts(drafts).generate([[5], [6]], params) for drafts in (0, 3)]
+    assert [each.token_ids for each in answers[0]] == [each.token_ids for each in answers[1]]
+    for completion in answers[0]:
+        assert completion.token_ids[0] == start
+        assert completion.token_ids.index(end) <= 7
+    without = SamplingParams(temperature=0.0, max_tokens=40, constraint=grammar, logit_bias={start: -90.0, end: -90.0})
+    (completion,) = engine.generate([[5]], without)
+    assert (end in completion.token_ids) == bound
+
+
+FUNCTIONS = [
+    {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "unit": {"enum": ["C", "F"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                "tags": {"type": "array", "items": {"$ref": "#/$defs/tag"}, "maxItems": 2},
+                "note": {"type": ["integer", "null"], "minimum": 0, "maximum": 99},
+            },
+            "required": ["unit", "days"],
+            "$defs": {"tag": {"type": "boolean"}},
+        },
+    },
+    {"name": "stop"},
+]
+
+
+def test_forced_calls_fit_their_schemas(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Catches calls that the parser reads as others, values of the wrong type, and text beside the calls."""
+    grammar = Grammar.lark(tokenizer, call_grammar(tokenizer, FUNCTIONS, forced=True))
+    end = tokenizer.special("<|im_end|>")
+    called: set[str] = set()
+    for seed in range(6):
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=150, constraint=grammar, logit_bias={end: 3.0})
+        (completion,) = engine.generate([[5]], params)
+        parsed = parse_response(completion.text, FUNCTIONS)
+        if completion.finish_reason == "length":
+            continue
+        assert parsed.content == ""
+        assert parsed.tool_calls
+        for call in parsed.tool_calls:
+            called.add(call.name)
+            if call.name == "weather":
+                assert set(call.arguments) >= {"unit", "days"}
+                assert call.arguments["unit"] in ("C", "F")
+                assert call.arguments["days"] in range(1, 10)
+                assert all(isinstance(tag, bool) for tag in call.arguments.get("tags", ()))
+    assert called == {"weather", "stop"}
+
+
+def test_at_most_one_call_stands_behind_text(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Catches a second call, and text that spells a call outside of the grammar's."""
+    grammar = Grammar.lark(tokenizer, call_grammar(tokenizer, FUNCTIONS[1:], forced=False, parallel=False))
+    opening = tokenizer.special("<tool_call>")
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=300, constraint=grammar, logit_bias={opening: 8.0})
+    for completion in engine.generate([[5], [6], [7]], params):
+        parsed = parse_response(completion.text, FUNCTIONS[1:])
+        assert completion.finish_reason == "stop"
+        assert len(parsed.tool_calls) == 1
+        assert completion.token_ids.count(opening) == 1
 
 
 @pytest.mark.parametrize(

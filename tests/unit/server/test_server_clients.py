@@ -93,6 +93,92 @@ def test_tool_calls_and_thoughts_are_taken_apart(client: openai.OpenAI) -> None:
     assert thought.usage.completion_tokens_details.reasoning_tokens > 2
 
 
+def streamed_calls(client: openai.OpenAI, **options: object) -> tuple[list[tuple[str, str]], str | None, int]:
+    """Names and arguments of the calls in a stream, how it ended, and in how many pieces arguments came."""
+    calls: list[tuple[str, str]] = []
+    ended, pieces = None, 0
+    for chunk in client.chat.completions.create(**options, stream=True):  # type: ignore[call-overload]
+        for choice in chunk.choices:
+            ended = choice.finish_reason or ended
+            for call in choice.delta.tool_calls or ():
+                if call.id is not None:
+                    assert call.index == len(calls)
+                    calls.append((call.function.name, ""))
+                if call.function.arguments:
+                    pieces += 1
+                    calls[call.index] = (calls[call.index][0], calls[call.index][1] + call.function.arguments)
+    return calls, ended, pieces
+
+
+TWO_TOOLS = [TOOL, {"type": "function", "function": {"name": "stop"}}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [("required", {"weather", "stop"}), ({"type": "function", "function": {"name": "weather"}}, {"weather"})],
+)
+def test_a_forced_call_is_made_and_streamed(client: openai.OpenAI, choice: object, names: set[str]) -> None:
+    """Catches a choice that is only a wish, another function, and streams that differ from the whole."""
+    seen: set[str] = set()
+    for seed in range(8):
+        options = {
+            "model": "nano", "messages": MESSAGES, "tools": TWO_TOOLS, "tool_choice": choice, "max_tokens": 200,
+            "seed": seed, "temperature": 1.0, "parallel_tool_calls": False,
+        }  # fmt: skip
+        (whole,) = client.chat.completions.create(**options).choices  # type: ignore[call-overload]
+        calls, ended, pieces = streamed_calls(client, **options)
+        assert [(call.function.name, call.function.arguments) for call in whole.message.tool_calls] == calls
+        assert whole.finish_reason == ended
+        assert len(calls) == 1
+        assert calls[0][0] in names
+        seen.add(calls[0][0])
+        if ended == "tool_calls":
+            json.loads(calls[0][1])
+        else:
+            assert ended == "length"
+            assert pieces > 10
+    assert seen == names
+
+
+def test_choices_that_cannot_be_kept_are_refused(client: openai.OpenAI) -> None:
+    """Catches a forced call without a function, and two forms for one answer."""
+    named = {"type": "function", "function": {"name": "rain"}}
+    for options, message in (
+        ({"tool_choice": "required"}, "no tools are given"),
+        ({"tool_choice": named, "tools": [TOOL]}, "they declare weather"),
+        ({"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}}, "2 forms"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model="nano", messages=MESSAGES, max_tokens=4, **options)  # type: ignore[call-overload]
+
+
+def test_a_call_that_is_cut_has_open_arguments(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """Catches cut arguments that are closed as if they were whole."""
+    options = {
+        "model": "nano", "messages": MESSAGES, "tools": [TOOL], "max_tokens": 60, "temperature": 0,
+        "extra_body": {"structured_outputs": {"regex": "<tool_call>\n<function=weather>\n<parameter=city>(warm ){80}"}},
+    }  # fmt: skip
+    (whole,) = client.chat.completions.create(**options).choices  # type: ignore[call-overload]
+    calls, ended, pieces = streamed_calls(client, **options)
+    assert whole.finish_reason == ended == "length"
+    assert whole.message.tool_calls[0].function.arguments == calls[0][1]
+    assert calls[0][1].startswith('{"city": "warm warm')
+    assert not calls[0][1].endswith("}")
+    assert pieces > 5
+
+
+def test_thoughts_end_with_their_budget(client: openai.OpenAI, live: LiveServer) -> None:
+    """Catches a budget that is taken without effect."""
+    start = live.service.tokenizer.special("<think>")
+    answer = client.chat.completions.create(
+        model="nano", messages=MESSAGES, max_tokens=40, seed=1, logit_bias={str(start): 80},
+        extra_body={"enable_thinking": True, "thinking_token_budget": 9},
+    )  # fmt: skip
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert 0 < answer.usage.completion_tokens_details.reasoning_tokens <= 10
+
+
 def test_a_conversation_goes_on_with_its_calls_and_thoughts(client: openai.OpenAI) -> None:
     """Catches a server that does not take back what it gave."""
     first = client.chat.completions.create(
@@ -265,3 +351,43 @@ def test_messages_with_tools(claude: anthropic.Anthropic) -> None:
     assert counts[1] > counts[0] + 20
     answer = claude.messages.create(model="nano", messages=conversation, tools=[tool], max_tokens=4)  # type: ignore[arg-type]
     assert answer.usage.output_tokens <= 4
+
+
+def test_messages_that_must_call(claude: anthropic.Anthropic) -> None:
+    """Catches inputs that come in pieces which do not join to the whole, and a choice that is only a wish."""
+    tool = {"name": "weather", "input_schema": TOOL["function"]["parameters"]}  # type: ignore[index]
+    days = {
+        "name": "days",
+        "input_schema": {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]},
+    }
+    for choice, name in (({"type": "any"}, None), ({"type": "tool", "name": "days"}, "days")):
+        options = {
+            "model": "nano", "messages": MESSAGES, "max_tokens": 120, "tools": [tool, days], "tool_choice": choice,
+            "extra_body": {"temperature": 0.0},
+        }  # fmt: skip
+        whole = claude.messages.create(**options)
+        with claude.messages.stream(**options) as stream:
+            final = stream.get_final_message()
+        blocks = [[(block.name, block.input) for block in each.content] for each in (whole, final)]
+        if whole.stop_reason == "tool_use":
+            assert blocks[0] == blocks[1]
+        assert final.stop_reason == whole.stop_reason
+        assert blocks[0][0][0] == (name or blocks[1][0][0])
+        if name is not None:
+            assert whole.stop_reason == "tool_use"
+            assert blocks[0][0][1]["n"] in (1, 2)
+
+
+def test_responses_that_must_call(client: openai.OpenAI) -> None:
+    """Catches events of calls that the client cannot put together."""
+    parameters = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    tool = {"type": "function", "name": "days", "parameters": parameters, "strict": False}
+    options = {"model": "nano", "input": "the weather", "temperature": 0, "tools": [tool], "tool_choice": "required"}
+    whole = client.responses.create(**options, parallel_tool_calls=False, max_output_tokens=100)  # type: ignore[call-overload]
+    with client.responses.stream(**options, parallel_tool_calls=False, max_output_tokens=100) as stream:  # type: ignore[call-overload]
+        text = "".join(event.delta for event in stream if event.type == "response.function_call_arguments.delta")
+        final = stream.get_final_response()
+    (item,) = whole.output
+    assert item.arguments == text == final.output[0].arguments
+    assert json.loads(text)["n"] in (1, 2)
+    assert item.status == "completed"

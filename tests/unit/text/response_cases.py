@@ -109,3 +109,21 @@ CASES: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     "<tool_call <tool_call": ("", "<tool_call <tool_call", []),
     "\U0001f600<think>é": ("", "\U0001f600<think>é", []),
 }  # fmt: skip
+
+# With streamed arguments, text -> (content, [(name, JSON text, whether the call is complete), ...])
+BROKEN: dict[str, tuple[str, list[tuple[str, str, bool]]]] = {
+    UNCLOSED: ("", [("weather", '{"city": "Paris', False)]),
+    f"{UNCLOSED}</parameter>": ("", [("weather", '{"city": "Paris', False)]),
+    f"{UNCLOSED}</parameter>\n</func": ("", [("weather", '{"city": "Paris', False)]),
+    f"{UNCLOSED}</parameter>\n<parameter=days>3": ("", [("weather", '{"city": "Paris"', False)]),
+    f"{UNCLOSED}</parameter>\n<parameter=a<b>3": (
+        "<parameter=a<b>3", [("weather", '{"city": "Paris"', False)],
+    ),
+    f"{UNCLOSED}</parameter>\n<parameter=a<b>{STOP}": (
+        "<parameter=a<b>", [("weather", '{"city": "Paris"', False), ("stop", "{}", True)],
+    ),
+    CITY.removesuffix("\n</tool_call>") + " then": (" then", [("weather", '{"city": "Paris"}', True)]),
+    "<tool_call>\n<function=weather>\n<par": ("<tool_call>\n<function=weather>\n<par", []),
+    "<tool_call>\n<function=weather>\n<parameter=tags>[1, ": ("", [("weather", "", False)]),
+    f"<think>say {UNCLOSED}</think>b": ("b", []),
+}  # fmt: skip

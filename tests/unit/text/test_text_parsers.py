@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
+
 import pytest
-from response_cases import CASES, CITY, TOOLS, UNKNOWN, block
+from response_cases import BROKEN, CASES, CITY, TOOLS, UNKNOWN, block
 
 from openmimo.errors import TextError
 from openmimo.text import (
+    ArgumentsDelta,
     ChatTemplate,
     ContentDelta,
     Message,
     ReasoningDelta,
+    ResponseEvent,
     ResponseParser,
     Tokenizer,
     ToolCallEvent,
+    ToolCallStart,
     join_events,
     parse_response,
 )
@@ -41,6 +46,61 @@ def test_streaming_in_small_parts_equals_the_whole(text: str, size: int) -> None
     parser = ResponseParser(TOOLS)
     events = [event for start in range(0, len(text), size) for event in parser.push(text[start : start + size])]
     assert join_events([*events, *parser.finish()]) == parse_response(text, TOOLS)
+
+
+def calls_of(events: list[ResponseEvent]) -> list[tuple[str, str, bool]]:
+    """Name, JSON text and whether it is complete, of every call in a stream."""
+    found: list[tuple[str, str, bool]] = []
+    for event in events:
+        if isinstance(event, ToolCallStart):
+            found.append((event.name, "", False))
+        elif isinstance(event, ArgumentsDelta):
+            name, text, _ = found[-1]
+            found[-1] = (name, text + event.text, False)
+        elif isinstance(event, ToolCallEvent):
+            name, text, _ = found[-1]
+            assert name == event.call.name
+            pairs = json.loads(text, object_pairs_hook=list)
+            assert dict(pairs) == event.call.arguments
+            found[-1] = (name, text, True)
+    return found
+
+
+@pytest.mark.parametrize("text", [*CASES, *BROKEN])
+def test_arguments_are_streamed_the_same_at_every_cut(text: str) -> None:
+    """Catches arguments that are lost where a tag arrives in parts, or that a later piece would have to take back."""
+    parser = ResponseParser(TOOLS, stream_arguments=True)
+    events = [*parser.push(text), *parser.finish()]
+    whole, whole_calls = join_events(events), calls_of(events)
+    for cut in range(len(text) + 1):
+        for size in (len(text) + 1, 4, 1):
+            parser = ResponseParser(TOOLS, stream_arguments=True)
+            events = parser.push(text[:cut])
+            for start in range(cut, len(text), size):
+                events += parser.push(text[start : start + size])
+            events += parser.finish()
+            assert (join_events(events), calls_of(events)) == (whole, whole_calls), (cut, size)
+            if cut > 100:
+                break
+    if text in CASES:
+        plain = parse_response(text, TOOLS)
+        complete = [call for call in whole_calls if call[2]]
+        if len(complete) == len(whole_calls) == len(plain.tool_calls):
+            assert whole == plain
+    else:
+        assert (whole.content, whole_calls) == BROKEN[text]
+
+
+def test_a_long_argument_goes_out_as_it_arrives() -> None:
+    """Catches a file's text that is held back until its last line."""
+    parser = ResponseParser(TOOLS, stream_arguments=True)
+    assert parser.push("<tool_call>\n<function=weather>\n<para") == []
+    assert parser.push("meter=city>Pa") == [ToolCallStart("weather"), ArgumentsDelta('{"city": "Pa')]
+    assert parser.push('r"is</para') == [ArgumentsDelta('r\\"is')]
+    assert parser.push("<") == [ArgumentsDelta("</para")]
+    assert parser.push("</parameter>\n<parameter=days>1") == [ArgumentsDelta('<"')]
+    assert parser.push("2</parameter>\n</function>\n") == [ArgumentsDelta(', "days": 12')]
+    assert parser.push("</tool_call>")[0] == ArgumentsDelta("}")
 
 
 def test_text_is_passed_on_as_soon_as_it_is_sure() -> None:
