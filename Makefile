@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q
 BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py benchmarks/server_fuzz.py benchmarks/server_load.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint parity slow sanitize browser proofs bench clean
+.PHONY: help demo test check lint parity slow sanitize browser clients proofs bench clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,9 @@ sanitize: $(VENV)/.with-dev ## The engine's tests under AddressSanitizer, UBSan 
 
 browser: $(VENV)/.with-dev $(VENV)/.with-browser ## The server's page in Chromium (Debian's package, or CHROMIUM=path)
 	$(PYTEST) -rs tests/unit/server/test_server_page.py
+
+clients: $(VENV)/.with-clients ## lm-eval, LiteLLM and LangChain against a live server
+	$(PYTEST) -rs tests/unit/server/test_server_ecosystem.py
 
 proofs: $(VENV)/.with-dev $(VENV)/.with-fuzz ## Promises in full size: engine, runs that are killed, the server under fire
 	$(BIN)/python benchmarks/engine_proofs.py

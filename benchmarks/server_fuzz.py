@@ -50,28 +50,30 @@ class Case:
 
 
 @contextmanager
-def running_server(folder: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`openmimo serve` in a process of its own."""
+def running_server(folder: Path, port: int, *options: str, quiet: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """`openmimo serve` in a process of its own; what it said comes at the end, unless `quiet`."""
     command = [sys.executable, "-m", "openmimo", "serve", "--model", str(folder), "--port", str(port)]
     command += options
-    log = folder.parent / "server.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stderr=file)
-    try:
-        end = time.monotonic() + 120
-        while not _is_up(port):
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit("the server did not start")
-            time.sleep(0.2)
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
-        # What it said: its address, and whatever went wrong.
-        print(log.read_text()[-5000:], file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "server.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stderr=file)
+        try:
+            end = time.monotonic() + 120
+            while not is_up(port):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise SystemExit(f"the server did not start: {log.read_text()[-2000:]}")
+                time.sleep(0.2)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+            if not quiet:
+                print(log.read_text()[-5000:], file=sys.stderr)
 
 
-def _is_up(port: int) -> bool:
+def is_up(port: int) -> bool:
+    """Whether a server says that it is well."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
             return answer.status == 200

@@ -16,6 +16,8 @@ from openmimo.text import Tokenizer
 
 # Bytes that no UTF-8 text has mark tokens that are no text.
 SPECIAL_MARK = b"\xff"
+# Between the tokens of JSON: enough to indent, but no room for a model that would write spaces for ever.
+JSON_SPACE = r"\n?[ \t]{0,20}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,9 @@ class Grammar:
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the schema is not JSON: {error}") from error
         try:
-            return _compiled(tokenizer, _library().LLMatcher.grammar_from_json_schema(text), "JSON schema", thinking)
+            options = {"whitespace_pattern": JSON_SPACE}
+            grammar = _library().LLMatcher.grammar_from_json_schema(text, options)
+            return _compiled(tokenizer, grammar, "JSON schema", thinking)
         except ValueError as error:
             raise RequestError(f"the JSON schema cannot be kept: {error}") from error
 

@@ -100,6 +100,16 @@ def test_thinking_is_free_and_an_answer_follows_it(engine: Engine, tokenizer: To
     assert max(lengths) > 3
 
 
+def test_white_space_in_json_has_an_end(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Catches a model that writes spaces until its room is used up."""
+    grammar = Grammar.json_schema(tokenizer, {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]})
+    (space,), (line,) = tokenizer.encode(" "), tokenizer.encode("\n")
+    params = SamplingParams(temperature=0, max_tokens=200, constraint=grammar, logit_bias={space: 50.0, line: 40.0})
+    (completion,) = engine.generate([[5]], params)
+    assert completion.finish_reason == "stop"
+    assert json.loads(completion.text)["a"] == 1
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_a_spent_budget_ends_the_thoughts(engine: Engine, tokenizer: Tokenizer, bound: bool) -> None:
     """Catches thoughts that go on, drafts that reach past the budget, and answers without thoughts that are cut."""
