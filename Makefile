@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FIRST_TORCH := $(PIP) install --retries 1 --timeout 10 $(addprefix --index-url ,$(TORCH_INDEX)) "$(TORCH)"
 PYTEST := $(BIN)/python -m pytest -q
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py benchmarks/server_fuzz.py benchmarks/server_load.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/readme_table.py benchmarks/engine_proofs.py benchmarks/kills.py benchmarks/ranks.py benchmarks/grpo_step.py benchmarks/server_fuzz.py benchmarks/server_load.py benchmarks/server_speed.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint parity slow sanitize browser clients proofs bench clean

@@ -1,6 +1,6 @@
 """A live server with more clients than it can serve, and with clients that go.
 
-    python benchmarks/server_load.py                       # both
+    python benchmarks/server_load.py                       # all three
     python benchmarks/server_load.py disconnects --times 200
 
 `disconnects`: connections closed at random moments, streams or not, while others go on. Bars: no row, page or ticket is
@@ -9,12 +9,15 @@ left over, and what the others got is what they got in a quiet run.
 for a minute, of which one in 20 gives up before it is answered. Bars: sent = done + refused + cancelled exactly, and
 the server has counted every one that was done or refused; tokens of finished answers per second at least 95% of the
 peak's; refusals within 50 ms (99 of 100).
+`stall`: four streams, and beside them a prompt of 32,768 tokens. Bar: no stream waits longer between two pieces than a
+tenth of what that prompt takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -32,7 +35,7 @@ from openmimo.model import build_model
 from openmimo.text import train_tokenizer
 from server_fuzz import running_server
 
-PLACES, WAITING, TOKENS = 32, 64, 128
+PLACES, WAITING, TOKENS, STALL_TOKENS = 32, 64, 128, 30_000
 REFUSAL_SECONDS, GOODPUT = 0.05, 0.95
 
 
@@ -224,12 +227,64 @@ async def overload(port: int, seconds: float) -> dict[str, object]:
     }
 
 
+async def stream(port: int, number: int, tokens: int, arrivals: list[float]) -> None:
+    """A streamed answer; when each of its pieces came."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(body_of(number, tokens, stream=True))
+    try:
+        while line := await reader.readline():
+            if line.startswith(b"data: {"):
+                arrivals.append(time.perf_counter())
+    finally:
+        writer.close()
+
+
+async def stall(port: int, num_tokens: int) -> dict[str, object]:
+    """The pauses of running streams, before and beside a long prompt."""
+    arrivals: list[list[float]] = [[] for _ in range(4)]
+    streams = [asyncio.ensure_future(stream(port, place, STALL_TOKENS, arrivals[place])) for place in range(4)]
+    await asyncio.sleep(2.0)
+    chance = random.Random(3)
+    wishes = {"prompt": [chance.randrange(256) for _ in range(num_tokens)], "max_tokens": 1, "temperature": 0}
+    content = json.dumps(wishes).encode()
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n")
+    writer.write(f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    answer = await reader.read(-1)
+    ended = time.perf_counter()
+    writer.close()
+    for task in streams:
+        task.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
+    await idle(port)
+    gaps: dict[str, list[float]] = {"before": [], "beside": []}
+    for times in arrivals:
+        for one, next_ in itertools.pairwise(times):
+            if next_ <= ended:
+                gaps["beside" if next_ > began else "before"].append(next_ - one)
+    before, beside = (statistics.median(gaps[name]) for name in ("before", "beside"))
+    worst, whole = max(gaps["beside"]), ended - began
+    pieces = len(gaps["beside"])
+    print(f"a prompt of {num_tokens:,} tokens takes {whole:.2f} s; four streams beside it get {pieces:,} pieces,")
+    print(f"{1e3 * before:.1f} ms apart before, {1e3 * beside:.1f} ms beside it, at most {1e3 * worst:.0f} ms")
+    return {
+        "prompt_tokens": num_tokens,
+        "prompt_s": whole,
+        "gap_before_s": before,
+        "gap_beside_s": beside,
+        "gap_worst_s": worst,
+        "failed": not answer.startswith(b"HTTP/1.1 200") or worst > whole / 10 or not gaps["beside"],
+    }
+
+
 def main() -> int:
     """Run what is asked for; print lines and a JSON line; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=("disconnects", "overload", []), default=[])
+    parser.add_argument("what", nargs="*", choices=("disconnects", "overload", "stall", []), default=[])
     parser.add_argument("--times", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--port", type=int, default=8766)
     options = parser.parse_args()
     results: dict[str, dict[str, object]] = {}
@@ -241,6 +296,8 @@ def main() -> int:
                 results["disconnects"] = asyncio.run(disconnects(options.port, options.times))
             if not options.what or "overload" in options.what:
                 results["overload"] = asyncio.run(overload(options.port, options.seconds))
+            if not options.what or "stall" in options.what:
+                results["stall"] = asyncio.run(stall(options.port, options.prompt))
     failed = [name for name, result in results.items() if result["failed"]]
     print("failed: " + ", ".join(failed) if failed else "all of it holds")
     print_result("server_load", describe_machine(), results)

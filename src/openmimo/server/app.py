@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 import openmimo
 from openmimo.engine import Engine, SamplingParams
 from openmimo.errors import MimoError
-from openmimo.server import anthropic_messages, openai_chat, openai_completions, openai_responses, static, tokens
+from openmimo.server import admin, anthropic_messages, openai_chat, openai_completions, openai_responses, static, tokens
 from openmimo.server.errors import ApiError, bad_request
 from openmimo.server.guard import Guard, refusal_answer
 from openmimo.server.http import GoneError, JsonAnswer
@@ -59,6 +59,12 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> ASGIApp:
     routes.add("GET", "/metrics", _metrics)
     routes.add("GET", "/load", _load)
     routes.add("GET", "/version", _version)
+    if service.options.admin_key:
+        routes.add("GET", "/admin/requests", admin.list_requests)
+        routes.add("POST", "/admin/drain", admin.drain)
+        routes.add("POST", "/admin/resume", admin.resume)
+        routes.add("POST", "/admin/forget_prefixes", admin.forget_prefixes)
+        routes.add("POST", "/admin/weights", admin.put_weights, admin.WeightsBody)
     routes.add("GET", "/", static.index)
     routes.add("GET", "/page/{name}", static.asset)
     routes.add("GET", "/openapi.json", lambda _, __: _now(JsonAnswer(routes.schema())))

@@ -48,6 +48,7 @@ class Service:
             buffer_tokens=options.buffer_tokens,
             on_close=self._closed,
         )
+        self.weights_lock = asyncio.Lock()
         self.created = int(time.time())
         self.max_tokens = min(self.config.max_positions, engine.runner.num_pages * PAGE_TOKENS)
         longest = max(len(self.tokenizer.token_bytes(token)) for token in range(self.tokenizer.vocab_size))

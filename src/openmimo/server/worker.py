@@ -74,7 +74,8 @@ class EngineWorker:
         self.engine = engine
         self.max_open = max_open
         self.buffer_tokens = buffer_tokens
-        self.draining = False
+        self.draining = False  # no new requests
+        self.closing = False
         self.num_open = 0
         self.num_failures = 0
         self.load: EngineLoad = engine.load
@@ -93,7 +94,7 @@ class EngineWorker:
 
     async def close(self, drain_seconds: float) -> None:
         """Take no more requests, give those there are some time, end the rest, and stop the thread."""
-        self.draining = True
+        self.draining = self.closing = True
         end = time.monotonic() + drain_seconds
         while self._open and time.monotonic() < end:
             await asyncio.sleep(0.02)
@@ -101,6 +102,11 @@ class EngineWorker:
             self._end(ticket, ApiError(503, "the server stops; send the request again elsewhere or later"))
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    @property
+    def open_tickets(self) -> tuple[Ticket, ...]:
+        """The requests that are written or wait."""
+        return tuple(self._open)
 
     @property
     def is_well(self) -> bool:
