@@ -364,6 +364,23 @@ def fuzz_rows() -> Rows:
     return [("mutated checkpoint and config files", "`python benchmarks/checkpoint_fuzz.py`", figure)]
 
 
+def server_rows() -> Rows:
+    """The server beside llama-server."""
+    found = read("server_speed")
+    rows: Rows = []
+    for row in found["rows"] if found else ():
+        rate = (
+            f"{row['tokens_per_s']:,.0f} tokens/s, llama-server {row['llama_tokens_per_s']:,.0f} ({row['ratio']:.2f}x)"
+        )
+        first, other = 1e3 * row["first_token_s"], 1e3 * row["llama_first_token_s"]
+        figure = f"{rate}; first token after {first:.0f} ms, llama-server {other:.0f} ms"
+        label = (
+            f"server, `{row['model']}`, {row['clients']} clients" if row["clients"] > 1 else f"server, `{row['model']}`"
+        )
+        rows.append((label, "`python benchmarks/server_speed.py`", figure))
+    return rows
+
+
 def main() -> None:
     machines = Machines()
     rows: list[tuple[str, ...]] = []
@@ -386,6 +403,7 @@ def main() -> None:
         rows += machines.mark(bench_rows(path), path.stem)
     rows += machines.mark(table10_rows(), "table10")
     rows += machines.mark(context_rows(), "context")
+    rows += machines.mark(server_rows(), "server_speed")
     rows += machines.mark(fuzz_rows(), "checkpoint_fuzz")
     for name, head in HEADS.items():
         path = ROOT / name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from openmimo.config.strict_json import parse_json_object
 from openmimo.errors import MimoError, TextError, nearest
@@ -128,61 +129,74 @@ class EventStream(Response):
         self._events, self._keep_alive, self._on_error = events, keep_alive_seconds, on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(_wait_for_end(receive))
-        sending = asyncio.ensure_future(self._send_all(send))
+        line = _Line(send, self._keep_alive)
+        tasks = [asyncio.ensure_future(work) for work in (self._send_all(line), _wait_for_end(receive), line.watch())]
         try:
-            await asyncio.wait((gone, sending), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         except OSError:
             pass  # the connection broke, or nothing was read (TimeoutError is one too)
         finally:
-            for future in (gone, sending):
-                if not future.done():
-                    future.cancel()
-                    await asyncio.wait((future,))
+            for task in tasks:
+                if not task.done():
+                    task.cancel()
+                    await asyncio.wait((task,))
 
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _send_all(self, line: _Line) -> None:
+        await line.send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         events = aiter(self._events)
-        waiting: asyncio.Future[Event | None] | None = None
         try:
-            while True:
-                waiting = waiting or asyncio.ensure_future(_next(events))
-                done, _ = await asyncio.wait((waiting,), timeout=self._keep_alive)
-                if not done:
-                    await _send_text(send, ": still working\n\n")
-                    continue
-                event, waiting = waiting.result(), None
-                if event is None:
-                    break
-                await _send_text(send, _encoded(event))
+            async for event in events:
+                await line.send_text(_encoded(event))
         except MimoError as error:
             refusal = error if isinstance(error, ApiError) else bad_request(str(error))
-            await _send_text(send, "".join(_encoded(event) for event in self._on_error(refusal)))
+            await line.send_text("".join(_encoded(event) for event in self._on_error(refusal)))
         finally:
-            if waiting is not None and not waiting.done():
-                waiting.cancel()
-                await asyncio.wait((waiting,))
             close = getattr(events, "aclose", None)
             if close is not None:
                 await close()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await line.send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
-    return await anext(events, None)
+class _Line:
+    """A stream's way to its client. One task watches it, which costs less than a timer for every piece."""
+
+    def __init__(self, send: Send, keep_alive_seconds: float) -> None:
+        self._send, self._keep_alive = send, keep_alive_seconds
+        self._num_sending = 0
+        self._moved_at = time.monotonic()
+
+    async def send(self, message: Message) -> None:
+        self._num_sending += 1
+        self._moved_at = time.monotonic()
+        try:
+            await self._send(message)
+        finally:
+            self._num_sending -= 1
+            self._moved_at = time.monotonic()
+
+    async def send_text(self, text: str) -> None:
+        await self.send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+    async def watch(self) -> None:
+        """Send a comment where nothing else was sent for a while.
+
+        Raises: TimeoutError when the client does not read; without the rest of the body the connection is closed.
+        """
+        while True:
+            rest = self._moved_at + (SEND_SECONDS if self._num_sending else self._keep_alive) - time.monotonic()
+            if rest > 0:
+                await asyncio.sleep(min(rest, self._keep_alive))
+            elif self._num_sending:
+                raise TimeoutError("the client does not read")
+            else:
+                await asyncio.wait_for(self.send_text(": still working\n\n"), SEND_SECONDS)
 
 
 async def _wait_for_end(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _send_text(send: Send, text: str) -> None:
-    """Raises: TimeoutError when the client does not read; without the rest of the body the connection is closed."""
-    message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
-    await asyncio.wait_for(send(message), SEND_SECONDS)
 
 
 def _encoded(event: Event) -> str:

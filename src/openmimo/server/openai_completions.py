@@ -12,7 +12,7 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from openmimo.engine import Completion
+from openmimo.engine import Completion, StreamEvent
 from openmimo.server.errors import bad_request
 from openmimo.server.extras import extras_of
 from openmimo.server.http import Event, EventStream, JsonAnswer, read_model, unless_gone
@@ -155,37 +155,47 @@ class _CompletionAnswer:
 
     async def events(self) -> AsyncIterator[Event]:
         """OpenAI's chunks, those of all prompts as they come."""
-        merged: asyncio.Queue[list[Event] | BaseException | None] = asyncio.Queue()
-
-        async def follow(ticket: Ticket, first: int) -> None:
-            offsets = [0] * ticket.num_choices
-            try:
-                async for events in self.service.worker.steps(ticket):
-                    merged.put_nowait([self._chunk(event, first, offsets) for event in events])
-            except Exception as error:
-                merged.put_nowait(error)
-            else:
-                merged.put_nowait(None)
-
         firsts = [sum(ticket.num_choices for ticket in self.tickets[:place]) for place in range(len(self.tickets))]
-        tasks = [asyncio.ensure_future(follow(*pair)) for pair in zip(self.tickets, firsts, strict=True)]
-        try:
-            for _ in tasks:
-                while (found := await merged.get()) is not None:
-                    if isinstance(found, BaseException):
-                        raise found
-                    for event in found:
-                        yield event
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        offsets = [[0] * ticket.num_choices for ticket in self.tickets]
+        async for place, events in self._steps():
+            for event in events:
+                yield self._chunk(event, firsts[place], offsets[place])
         if self.body.wants_usage:
             usage = usage_of(self.service, self.tickets)
             yield None, {**self.head, "choices": [], "usage": usage, **statistics_of(self.tickets)}
         yield None, "[DONE]"
 
-    def _chunk(self, event: Any, first: int, offsets: list[int]) -> Event:
+    async def _steps(self) -> AsyncIterator[tuple[int, list[StreamEvent]]]:
+        """What the tickets' steps gave, each with the ticket's place."""
+        worker = self.service.worker
+        if len(self.tickets) == 1:
+            async for events in worker.steps(self.tickets[0]):
+                yield 0, events
+            return
+        merged: asyncio.Queue[tuple[int, list[StreamEvent]] | BaseException | None] = asyncio.Queue()
+
+        async def follow(place: int) -> None:
+            try:
+                async for events in worker.steps(self.tickets[place]):
+                    merged.put_nowait((place, events))
+            except Exception as error:
+                merged.put_nowait(error)
+            else:
+                merged.put_nowait(None)
+
+        tasks = [asyncio.ensure_future(follow(place)) for place in range(len(self.tickets))]
+        try:
+            for _ in tasks:
+                while (found := await merged.get()) is not None:
+                    if isinstance(found, BaseException):
+                        raise found
+                    yield found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _chunk(self, event: StreamEvent, first: int, offsets: list[int]) -> Event:
         tokenizer, completion = self.service.tokenizer, event.completion
         choice: dict[str, Any] = {
             "index": first + event.choice,
