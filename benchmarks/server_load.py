@@ -27,6 +27,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from common import describe_machine, print_result
 from openmimo.checkpoint import save_model
@@ -41,20 +44,26 @@ REFUSAL_SECONDS, GOODPUT = 0.05, 0.95
 
 @dataclass
 class Ledger:
-    """What the clients saw. `seconds` are those of refusals."""
+    """What the clients saw. `seconds` are those of refusals; `done` says when answers came, with their tokens."""
 
     sent: int = 0
     outcomes: Counter[str] = field(default_factory=Counter[str])
-    tokens: int = 0
     seconds: list[float] = field(default_factory=list[float])
+    done: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
     texts: list[str] = field(default_factory=list[str])
+    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list[Any])
+
+    def rate(self, begin: float, end: float) -> float:
+        """Tokens per second of the answers that were complete between two times."""
+        return sum(tokens for at, tokens in self.done if begin <= at < end) / (end - begin)
 
 
-def save_served_model(folder: Path) -> None:
-    """`tiny` with random weights and a small tokenizer."""
+def save_served_model(folder: Path, name: str = "tiny") -> None:
+    """A preset with random weights and a small tokenizer."""
     words = ("the", "weather", "in", "Paris", "is", "fine", "and", "warm")
     tokenizer = train_tokenizer([f"{a} {b} {n}\n" for a in words for b in words for n in range(8)], vocab_size=400)
-    save_model(build_model(preset("tiny").replace(vocab_size=tokenizer.vocab_size), seed=0), folder)
+    config = preset(name).replace(vocab_size=tokenizer.vocab_size)
+    save_model(build_model(config, seed=0, dtype=torch.bfloat16), folder, dtype="bfloat16")
     tokenizer.save(folder)
 
 
@@ -63,36 +72,45 @@ def body_of(number: int, tokens: int, *, stream: bool = False) -> bytes:
     prompt = "the weather in Paris " * (1 + number % 5) + str(number % 50)
     wishes = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
     content = json.dumps(wishes).encode()
-    headers = f"Host: 127.0.0.1\r\nContent-Length: {len(content)}\r\nConnection: close\r\n"
+    headers = f"Host: 127.0.0.1\r\nContent-Length: {len(content)}\r\n"
     return f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n".encode() + content
 
 
 async def ask(port: int, number: int, tokens: int, ledger: Ledger, patience: float | None = None) -> None:
-    """One whole request, entered into the ledger; with `patience` it is given up after so many seconds."""
+    """One whole request, entered into the ledger; with `patience` it is given up after so many seconds.
+
+    Connections are used again, as clients with a pool do.
+    """
     ledger.sent += 1
     began = time.perf_counter()
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        connection = ledger.free.pop() if ledger.free else await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = connection
         writer.write(body_of(number, tokens))
         try:
-            answer = await asyncio.wait_for(reader.read(-1), patience)
+            status, content = await asyncio.wait_for(answer_of(reader), patience)
         except TimeoutError:
             writer.transport.abort()
             ledger.outcomes["cancelled"] += 1
             return
-        writer.close()
-    except OSError as error:
+        ledger.free.append(connection)
+    except (OSError, EOFError) as error:
         ledger.outcomes[f"broken: {type(error).__name__}"] += 1
         return
-    head, _, content = answer.partition(b"\r\n\r\n")
-    status = head.split(b" ", 2)[1].decode() if head.startswith(b"HTTP/1.1 ") else "none"
     ledger.outcomes[status] += 1
     if status == "200":
         found = json.loads(content)
-        ledger.tokens += found["usage"]["completion_tokens"]
+        ledger.done.append((time.perf_counter(), found["usage"]["completion_tokens"]))
         ledger.texts.append(found["choices"][0]["text"])
     elif status == "429":
         ledger.seconds.append(time.perf_counter() - began)
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+    """Status and body of the next answer on a connection."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
+    return head.split(b" ", 2)[1].decode(), await reader.readexactly(int(length))
 
 
 async def load_of(port: int) -> dict[str, int]:
@@ -172,30 +190,37 @@ async def disconnects(port: int, times: int) -> dict[str, object]:
 
 
 async def overload(port: int, seconds: float) -> dict[str, object]:
-    """The peak, then ten times its requests."""
-    peak, end = Ledger(), time.perf_counter() + seconds / 3
+    """The peak, then ten times its requests. Answers have 32 to 224 tokens, so that they end at all times.
 
-    async def client(number: int) -> None:
-        while time.perf_counter() < end:
-            await ask(port, number, TOKENS, peak)
-
+    What counts is the last three quarters of either, when as many answers are half done as at its end.
+    """
+    peak, chance = Ledger(), random.Random(1)
     began = time.perf_counter()
-    await asyncio.gather(*(client(number) for number in range(PLACES)))
-    best = peak.tokens / (time.perf_counter() - began)
-    rate = 10 * peak.outcomes["200"] / (time.perf_counter() - began)
+    end = began + seconds * 2 / 3
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            await ask(port, chance.randrange(50), chance.randint(32, 224), peak)
+
+    clients = [asyncio.ensure_future(client()) for _ in range(PLACES)]
+    await asyncio.wait(clients, timeout=end - time.perf_counter())
+    best = peak.rate(began + (end - began) / 4, end)
+    await asyncio.gather(*clients)
+    rate = 10 * best / 128
     counted = await counts_of(port)
-    crowd, tasks, chance = Ledger(), set[asyncio.Task[None]](), random.Random(1)
+    crowd, tasks = Ledger(), set[asyncio.Task[None]]()
     began = time.perf_counter()
     number = 0
     while (now := time.perf_counter() - began) < seconds:
         while number < now * rate:
             patience = chance.random() * 0.5 if number % 20 == 0 else None
-            task = asyncio.ensure_future(ask(port, chance.randrange(50), TOKENS, crowd, patience))
+            task = asyncio.ensure_future(ask(port, chance.randrange(50), chance.randint(32, 224), crowd, patience))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             number += 1
-        await asyncio.sleep(0.002)
-    in_time = crowd.tokens / (time.perf_counter() - began)
+        # Not more often than needed: the clients share the server's cores.
+        await asyncio.sleep(max(0.001, number / rate - (time.perf_counter() - began)))
+    in_time = crowd.rate(began + seconds / 4, began + seconds)
     await asyncio.gather(*tasks)
     load = await idle(port)
     before, after = counted, await counts_of(port)
@@ -232,7 +257,7 @@ async def stream(port: int, number: int, tokens: int, arrivals: list[float]) -> 
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(body_of(number, tokens, stream=True))
     try:
-        while line := await reader.readline():
+        while (line := await reader.readline()) and not line.startswith(b"data: [DONE]"):
             if line.startswith(b"data: {"):
                 arrivals.append(time.perf_counter())
     finally:
@@ -287,17 +312,23 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--port", type=int, default=8766)
     options = parser.parse_args()
+    wanted = options.what or ["disconnects", "stall", "overload"]
     results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        save_served_model(folder)
-        with running_server(folder, options.port, "--max-batch", str(PLACES), "--max-waiting", str(WAITING)):
-            if not options.what or "disconnects" in options.what:
-                results["disconnects"] = asyncio.run(disconnects(options.port, options.times))
-            if not options.what or "overload" in options.what:
-                results["overload"] = asyncio.run(overload(options.port, options.seconds))
-            if not options.what or "stall" in options.what:
-                results["stall"] = asyncio.run(stall(options.port, options.prompt))
+        # Overload is for a model that is worth its requests: with a tiny one it measures the clients beside it.
+        for model, works in (("tiny", ("disconnects", "stall")), ("small", ("overload",))):
+            mine = [work for work in works if work in wanted]
+            if not mine:
+                continue
+            folder = Path(name) / model
+            save_served_model(folder, model)
+            with running_server(folder, options.port, "--max-batch", str(PLACES), "--max-waiting", str(WAITING)):
+                if "disconnects" in mine:
+                    results["disconnects"] = asyncio.run(disconnects(options.port, options.times))
+                if "stall" in mine:
+                    results["stall"] = asyncio.run(stall(options.port, options.prompt))
+                if "overload" in mine:
+                    results["overload"] = asyncio.run(overload(options.port, options.seconds))
     failed = [name for name, result in results.items() if result["failed"]]
     print("failed: " + ", ".join(failed) if failed else "all of it holds")
     print_result("server_load", describe_machine(), results)

@@ -73,7 +73,7 @@ def create_app(engine: Engine, options: ServerOptions | None = None) -> ASGIApp:
     for kind in (MimoError, GoneError, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, _refused)
     app.state.service = service
-    return Guard(app, service.options, service.metrics)
+    return Guard(app, service.options, service.metrics, refusal=service.worker.refusal)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +26,9 @@ access_log = logging.getLogger("openmimo.server.access")
 _log = logging.getLogger(__name__)
 
 OPEN_ROUTES = ("/health",)
+WRITING_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
+# A body of this size is read although it is not wanted, so that the connection can go on.
+SKIPPED_BYTES = 64 << 10
 ADMIN_PREFIX = "/admin"
 ANTHROPIC_PREFIX = "/v1/messages"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
@@ -33,8 +37,16 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 class Guard:
     """An ASGI application around the routes. Whatever happens inside, the client gets an answer in the right shape."""
 
-    def __init__(self, app: ASGIApp, options: ServerOptions, metrics: ServerMetrics) -> None:
-        self.app, self.options, self.metrics = app, options, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        options: ServerOptions,
+        metrics: ServerMetrics,
+        *,
+        refusal: Callable[[], ApiError | None] = lambda: None,
+    ) -> None:
+        """`refusal` says why no more answers can be written now, if so: then those who want one need not be read."""
+        self.app, self.options, self.metrics, self.refusal = app, options, metrics, refusal
         self._names = {*LOCAL_NAMES, *options.allowed_hosts, options.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,6 +59,9 @@ class Guard:
         try:
             self._check(scope["path"], headers)
             body = _LimitedBody(receive, headers, self.options)
+            if scope["path"] in WRITING_ROUTES and (refusal := self.refusal()) is not None:
+                await body.skip()
+                raise refusal
             await self.app(scope, body.receive, visit.send)
         except ApiError as error:
             await visit.refuse(error, receive)
@@ -98,6 +113,12 @@ class _LimitedBody:
         self._receive, self._options = receive, options
         self._num_bytes, self._complete = 0, False
         self._end = time.monotonic() + options.body_seconds
+
+    async def skip(self) -> None:
+        """Read a short body to its end and forget it. Raises: ApiError as `receive` does."""
+        while not self._complete and self._num_bytes <= SKIPPED_BYTES:
+            if (await self.receive())["type"] != "http.request":
+                return
 
     async def receive(self) -> Message:
         """Raises: ApiError 413 and 408."""

@@ -125,20 +125,27 @@ class EngineWorker:
 
         Raises: ApiError 503 while the server ends, 429 where too many answers are open.
         """
-        if self.draining:
-            raise ApiError(503, "the server is stopping; send the request again elsewhere or later")
-        if self.num_open + params.n > self.max_open:
-            raise ApiError(
-                429,
-                f"{self.num_open} answers are written or waiting, and {self.max_open} is the most; try again later",
-                code="queue_full",
-                retry_after=1,
-            )
+        refusal = self.refusal(params.n)
+        if refusal is not None:
+            raise refusal
         ticket = Ticket(prompt, params, draft_heads, wants_steps, time.monotonic())
         self.num_open += params.n
         self._open.add(ticket)
         self._commands.put(lambda: self._add(ticket))
         return ticket
+
+    def refusal(self, num_answers: int = 1) -> ApiError | None:
+        """Why so many more answers cannot be taken now, if they cannot."""
+        if self.draining:
+            return ApiError(503, "the server is stopping; send the request again elsewhere or later", code="draining")
+        if self.num_open + num_answers > self.max_open:
+            return ApiError(
+                429,
+                f"{self.num_open} answers are written or waiting, and {self.max_open} is the most; try again later",
+                code="queue_full",
+                retry_after=1,
+            )
+        return None
 
     async def steps(self, ticket: Ticket) -> AsyncIterator[list[StreamEvent]]:
         """What the ticket's steps gave, as it comes; leaving early cancels the request. Raises: ApiError."""
