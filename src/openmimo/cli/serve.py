@@ -27,6 +27,9 @@ def serve_command(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; others get status 429.")] = 256,
     step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a step, prompts in pieces.")] = 512,
+    prefix_cache_mib: Annotated[
+        int, typer.Option(min=0, help="Memory for the beginnings of texts that come again, in MiB; 0: none.")
+    ] = 256,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="Another name of this server, without a key; may be given several times.")
     ] = None,
@@ -78,6 +81,7 @@ def serve_command(
         verify=verify,
         max_batch=max_batch,
         step_tokens=step_tokens,
+        prefix_cache_bytes=prefix_cache_mib << 20,
     )
     where = f"http://{'localhost' if options.is_local else host}:{port}"
     typer.echo(f"{options.model_name} on {where}" + ("/" if page else "/v1") + "; Ctrl-C stops", err=True)

@@ -81,7 +81,7 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _demand(name, getattr(self, name), math.isfinite(getattr(self, name)), "a finite number (0 is none)")
         penalty = self.repetition_penalty
-        _demand("repetition_penalty", penalty, 0.0 < penalty < math.inf, "above 0 (1 is none)")
+        _demand("repetition_penalty", penalty, 1e-3 <= penalty <= 1e3, "0.001 to 1000 (1 is none)")
         finite = all(math.isfinite(bias) for bias in self.logit_bias.values())
         _demand("logit_bias", dict(self.logit_bias), finite, "finite numbers by token id")
         _demand("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")

@@ -134,7 +134,8 @@ def score(logits_TV: Float32, token_ids: list[int], num_top: int) -> tuple[list[
 def _weigh(logits_MV: Float32, options: RowOptions) -> tuple[Float32, Float64]:
     """What every token's probability is proportional to, and the sum up to the end of every block of tokens."""
     is_greedy_M = options.temperature_M == 0.0
-    scale_M = (1.0 / np.where(is_greedy_M, 1.0, options.temperature_M)).astype(np.float32)
+    # Bounded, so that the smallest temperatures stay numbers: the most probable token is all that is left long before.
+    scale_M = (1.0 / np.where(is_greedy_M, 1.0, np.maximum(options.temperature_M, 1e-20))).astype(np.float32)
     weights_MV = logits_MV - logits_MV.max(axis=1, keepdims=True)
     weights_MV *= scale_M[:, None]
     np.exp(weights_MV, out=weights_MV)

@@ -204,6 +204,7 @@ def test_draft_statistics_add_up() -> None:
         ({"min_p": 1.5}, "min_p"),
         ({"presence_penalty": float("nan")}, "presence_penalty"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logit_bias": {1: float("inf")}}, "logit_bias"),
         ({"n": 0}, "n=0"),
         ({"stop": ("",)}, "stop"),

@@ -93,6 +93,16 @@ def test_greedy_takes_the_lowest_of_equals_and_reports_the_models_logprob() -> N
     assert choices.logprobs(0, 2) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-20])
+def test_the_smallest_temperatures_take_the_most_probable_token(temperature: float) -> None:
+    """Catches a scale beyond float32, which makes numbers that are none, and of them tokens that do not exist."""
+    logits_MV = np.array([[3.0, 60.0, -1e9, 59.9]], np.float32)
+    options = RowOptions.make([(SamplingParams(temperature=temperature), 5, 0, 1)])
+    chosen = choose(logits_MV, options)
+    assert chosen.tokens_M.tolist() == [1]
+    assert chosen.logprobs(0, 1) == [0.0]
+
+
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it() -> None:
     """Catches sums and exponentials whose order depends on the batch."""
     rng = np.random.default_rng(0)

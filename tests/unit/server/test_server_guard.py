@@ -43,6 +43,7 @@ BAD_BODIES = {
     "many stop texts": json.dumps({"prompt": "a", "stop": ["x"] * 100}).encode(),
     "bias for no token": b'{"prompt": "a", "logit_bias": {"a": 1}}',
     "bias beyond the vocabulary": b'{"prompt": "a", "logit_bias": {"99999": 1}}',
+    "a penalty next to none": b'{"prompt": "a", "repetition_penalty": 1e-300}',
     "too many drafts": b'{"prompt": "a", "draft_heads": 9}',
     "not implemented": b'{"prompt": "a", "suffix": "b"}',
 }
