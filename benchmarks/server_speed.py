@@ -7,7 +7,7 @@ Both servers run at once with both cores each and are asked in turns (A B A B), 
 the one that is not asked sleeps. Clients send one request after the other, stream the answer, and read all of it.
 Prompts are token ids, another one for each request, so that no server can use what it has computed before. llama-server
 is built from llama-cpp-python's source package on this machine (about ten minutes, once) unless `--llama-server` names
-one. It gets as many slots as there are clients and the faster of its attention settings; ours runs as it comes.
+one. It gets as many slots as there are clients, and flash attention; ours runs as it comes.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ async def constraint_of(
         raise bad_request(
             f"{len(wanted)} forms are given for the answer; give one, in response_format, structured_outputs or "
             "tool_choice (parallel_tool_calls=false counts too)",
-            param="structured_outputs" if len(wanted) == 0 or calls is None else "tool_choice",
+            param="structured_outputs" if calls is None else "tool_choice",
         )
     ((kind, value),) = wanted
     return await _compiled(service, kind, value, block)
