@@ -17,9 +17,10 @@ namespace {
 // a virtual machine longer than the gap between two steps.
 constexpr int STEP_SPINS = 4000, IDLE_SPINS = 20000;
 
-// When more than a quarter of a run's barriers ended in sleep, somebody lost a processor. The next runs do with half the
-// threads, until after a while all are tried again; each failed try doubles that while. It is short at first, because
-// another engine's threads spin for some milliseconds after their last work and are gone then.
+// When threads slept at barriers for more than a quarter of a run, somebody lost a processor. The next runs do with half
+// the threads, until after a while all are tried again; each failed try doubles that while. It is short at first, because
+// another engine's threads spin for some milliseconds after their last work and are gone then. How often they slept says
+// nothing: where a phase takes long, uneven shares alone differ by more than they spin.
 constexpr int FEWEST_BARRIERS = 8;
 constexpr std::chrono::milliseconds FIRST_PATIENCE{5}, MOST_PATIENCE{640};
 
@@ -29,18 +30,23 @@ inline void pause_briefly() {
 #endif
 }
 
-// Returns whether it had to sleep; meanwhile it is counted in `asleep`.
+int64_t nanoseconds(std::chrono::steady_clock::duration time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
+// Returns the nanoseconds that it slept; meanwhile it is counted in `asleep`.
 template <typename T>
-bool wait_for_change(std::atomic<T>& value, T old, int spins, std::atomic<int>* asleep = nullptr) {
+int64_t wait_for_change(std::atomic<T>& value, T old, int spins, std::atomic<int>* asleep = nullptr) {
   for (int i = 0; i < spins; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return false;
+    if (value.load(std::memory_order_acquire) != old) return 0;
     pause_briefly();
   }
-  if (value.load(std::memory_order_acquire) != old) return false;
+  if (value.load(std::memory_order_acquire) != old) return 0;
+  const auto began = std::chrono::steady_clock::now();
   if (asleep) asleep->fetch_add(1, std::memory_order_relaxed);
   value.wait(old, std::memory_order_acquire);
   if (asleep) asleep->fetch_sub(1, std::memory_order_relaxed);
-  return true;
+  return nanoseconds(std::chrono::steady_clock::now() - began);
 }
 
 }  // namespace
@@ -59,14 +65,15 @@ Pool::~Pool() {
 void Pool::run(const std::function<void(int)>& work) {
   if (active_ == 1) {
     work(0);
-    adapt();
+    adapt(std::chrono::steady_clock::now());
     return;
   }
   if (asleep_.load(std::memory_order_relaxed) > 0) keep_apart();
   work_ = &work;
   done_.store(0, std::memory_order_relaxed);
   barriers_.store(0, std::memory_order_relaxed);
-  sleeps_.store(0, std::memory_order_relaxed);
+  slept_.store(0, std::memory_order_relaxed);
+  const auto began = std::chrono::steady_clock::now();
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   work(0);
@@ -74,7 +81,7 @@ void Pool::run(const std::function<void(int)>& work) {
   for (uint32_t done = done_.load(std::memory_order_acquire); done + 1 != static_cast<uint32_t>(num_threads_);
        done = done_.load(std::memory_order_acquire))
     wait_for_change(done_, done, STEP_SPINS);
-  adapt();
+  adapt(began);
 }
 
 // A woken thread tends to start on its waker's processor, and the two would take turns there for many milliseconds before
@@ -92,11 +99,11 @@ void Pool::keep_apart() {
 #endif
 }
 
-void Pool::adapt() {
+void Pool::adapt(std::chrono::steady_clock::time_point began) {
   if (num_threads_ == 1) return;
   const auto now = std::chrono::steady_clock::now();
-  const int barriers = barriers_.load(std::memory_order_relaxed);
-  if (active_ > 1 && barriers >= FEWEST_BARRIERS && 4 * sleeps_.load(std::memory_order_relaxed) > barriers) {
+  if (active_ > 1 && barriers_.load(std::memory_order_relaxed) >= FEWEST_BARRIERS &&
+      4 * slept_.load(std::memory_order_relaxed) > (active_ - 1) * nanoseconds(now - began)) {
     active_ = std::max(1, active_ / 2);
     deadline_ = now + patience_;
     patience_ = std::min(2 * patience_, MOST_PATIENCE);
@@ -127,8 +134,8 @@ void Pool::barrier() {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
-  } else if (wait_for_change(phase_, phase, STEP_SPINS)) {
-    sleeps_.fetch_add(1, std::memory_order_relaxed);
+  } else if (const int64_t slept = wait_for_change(phase_, phase, STEP_SPINS); slept > 0) {
+    slept_.fetch_add(slept, std::memory_order_relaxed);
   }
 }
 

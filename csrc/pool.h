@@ -35,7 +35,7 @@ class Pool {
 
  private:
   void worker(int thread);
-  void adapt();
+  void adapt(std::chrono::steady_clock::time_point began);
   void keep_apart();
 
   const int num_threads_;
@@ -43,7 +43,8 @@ class Pool {
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<uint32_t> generation_{0}, done_{0};
   std::atomic<uint32_t> arrived_{0}, phase_{0};
-  std::atomic<int> barriers_{0}, sleeps_{0};  // of the present run
+  std::atomic<int> barriers_{0};    // of the present run
+  std::atomic<int64_t> slept_{0};   // nanoseconds of the present run that its threads slept at barriers, together
   std::atomic<int> asleep_{0};  // workers between two runs
   int caller_cpu_ = -1;         // which the workers keep off
   // When the number of threads may rise again, and how long it stays where it is.
