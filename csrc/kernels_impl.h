@@ -216,6 +216,12 @@ void write_words(const float* x, int count, uint32_t* out) {
   }
 }
 
+// The first byte behind a block's values, and behind their scales and those of the keys where there are some.
+inline const uint8_t* behind(const ValueSegment& v, Format format, int v_padded) {
+  const uint8_t* end = v.words + v.steps * v_padded * int64_t{column_bytes(format)};
+  return format == Format::INT8 ? end + 2 * BLOCK * sizeof(float) : end;
+}
+
 template <Arithmetic A, bool NARROW>
 void attention_of(const Attention& t) {
   constexpr Format F = A == Arithmetic::F32 ? Format::F32 : NARROW ? Format::INT8 : Format::BF16;
@@ -237,8 +243,10 @@ void attention_of(const Attention& t) {
   Scales scales;
   for (int b = 0; b < t.num_blocks; ++b) {
     const KeyBlock& block = t.blocks[b];
-    // Blocks lie anywhere in memory, so the processor does not see by itself which one comes next.
+    // A block that lies elsewhere is fetched meanwhile. One right behind this one the processor fetches by itself, and
+    // more lines at a time than it takes from a program.
     const KeyBlock* next = b + 1 < t.num_blocks && block.num_keys == 1 ? t.blocks + b + 1 : nullptr;
+    if (next && next->keys[0].words == behind(block.values[0], F, t.v_padded)) next = nullptr;
     const auto ahead = [](const uint8_t* there, const uint8_t* here) {
       return reinterpret_cast<intptr_t>(there) - reinterpret_cast<intptr_t>(here);
     };

@@ -113,3 +113,13 @@ def test_mistakes_are_caught_at_once() -> None:
         blocks.give_row(row)
     with pytest.raises(AssertionError, match="is free"):
         blocks.share_pages([page])
+
+
+def test_freed_pages_are_used_again_in_order() -> None:
+    """Catches pages that come back as they were freed: a later prompt lies backwards, and steps take twice as long."""
+    blocks = BlockManager(num_rows=1, num_pages=8, row_bytes=1, page_bytes=1)
+    pages = [blocks.take_page() for _ in range(8)]
+    for page in (5, 2, 7, 3):
+        blocks.give_pages([page])
+    assert pages == list(range(8))
+    assert [blocks.take_page() for _ in range(4)] == [2, 3, 5, 7]
