@@ -125,7 +125,7 @@ def _print_sizes(name: str, config: ModelConfig, context: int) -> dict[str, Any]
 
 def _print_serving(config: ModelConfig, fleet: Fleet, context: int, weights: str, cache: str) -> dict[str, Any]:
     from openmimo.planning.layouts import devices_to_serve, plan_serving
-    from openmimo.planning.serving import Replica
+    from openmimo.planning.serving import STEP_TOKENS, Replica
 
     layout = plan_serving(config, fleet, context_tokens=context, weights=weights, cache=cache)
     head = f"\nServing on {fleet.name} in {weights}: "
@@ -134,15 +134,21 @@ def _print_serving(config: ModelConfig, fleet: Fleet, context: int, weights: str
         number = "no number of them" if needed is None else f"{needed} of them"
         print(f"{head}it does not fit; {number} would hold the weights and one sequence of {context:,} tokens")
         return {"on": fleet.name, "fits": False, "devices_needed": needed}
-    prompt = Replica(config, fleet, ranks=layout.ranks, weights=weights, cache=cache).prefill(context)
+    replica = Replica(config, fleet, ranks=layout.ranks, weights=weights, cache=cache)
+    prompt, buffers = replica.prefill(context), replica.step_bytes()
     print(
         f"{head}{layout.replicas} copies on {layout.ranks} devices each, {layout.weight_bytes / GB:.4g} GB of weights "
-        f"a device and {layout.sequence_bytes / GB:.4g} GB a sequence, so {layout.most_sequences:,} sequences a copy\n"
+        f"a device, {buffers / GB:.3g} GB for a step of {STEP_TOKENS} tokens and {layout.sequence_bytes / GB:.4g} GB a "
+        f"sequence, so {layout.most_sequences:,} sequences a copy\n"
         f"  limits without drafts: {layout.alone_tokens_per_second:,.4g} tokens/s for one sequence, "
         f"{layout.tokens_per_second:,.4g} tokens/s for {layout.replicas} x {layout.batch:,} ({layout.bound}); "
         f"a prompt of {context:,} tokens in {prompt.seconds:.3g} s ({prompt.bound})"
     )
-    facts = {"tokens_per_second": layout.tokens_per_second, "prefill_seconds": prompt.seconds}
+    facts = {
+        "step_bytes": buffers,
+        "tokens_per_second": layout.tokens_per_second,
+        "prefill_seconds": prompt.seconds,
+    }
     return {"on": fleet.name, "fits": True, **asdict(layout), **facts}
 
 

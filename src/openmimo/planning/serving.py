@@ -28,7 +28,8 @@ CACHE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}
 # Of a device's memory that weights and caches may take; the rest is for activations and the runtime.
 USABLE = 0.9
 PAGE_TOKENS = 64
-BF16_BYTES = 2
+STEP_TOKENS = 512
+BF16_BYTES, FP32_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,26 @@ class Replica:
         slots = heads + 1 if heads else 0
         exact = kv_cache_bytes(self.config, context_tokens, self.cache_bytes, slots, mtp_heads=heads)
         return whole.global_layers + exact.sliding_layers + exact.mtp_heads
+
+    def step_bytes(self, num_tokens: int = STEP_TOKENS) -> float:
+        """What a step of so many tokens keeps while it runs: one layer's buffers, bf16 operands and fp32 sums.
+
+        The heads run over a window more of them behind a prompt.
+        """
+        config = self.config
+        kinds = [config.attention(kind) for kind in sorted(set(config.layer_kinds))]
+        choices = config.moe.num_experts_per_token if config.moe else 1
+        inner = max(config.dense_dim, config.moe.expert_dim if config.moe else 0)
+        projected = max(a.num_heads * a.qk_head_dim + a.num_kv_heads * (a.qk_head_dim + a.v_head_dim) for a in kinds)
+        operands = max(a.num_heads * (a.qk_head_dim + a.v_head_dim) for a in kinds) + choices * inner
+        # The residual stream, the last layer's output, and what experts add to it; its norm, and for heads two of them.
+        sums = projected + (2 + choices) * config.hidden_size
+        token = FP32_BYTES * sums + BF16_BYTES * (operands + 2 * config.hidden_size)
+        sliding = config.sliding_attention
+        window = sliding.window_keys or 0
+        # A prompt's keys and values of a sliding layer, in a row.
+        row = BF16_BYTES * sliding.num_kv_heads * (sliding.qk_head_dim + sliding.v_head_dim)
+        return (num_tokens + (window if config.num_mtp_heads else 0)) * token + (num_tokens + window) * row
 
     def most_sequences(self, context_tokens: int) -> int:
         """How many sequences of that length the replica holds at once; 0 if weights and one sequence do not fit."""

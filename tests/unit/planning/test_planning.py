@@ -47,6 +47,23 @@ def test_weights_take_what_the_native_runner_allocates(name: str, weights: str, 
     assert planned == pytest.approx(runner.runtime.weight_bytes, rel=0.08 if name == "nano" else 0.05)
 
 
+def test_a_steps_buffers_are_those_of_its_widest_layer() -> None:
+    """Catches a buffer left out or counted for every layer at once."""
+    nano = preset("nano")
+    attention, hidden, moe = nano.sliding_attention, nano.hidden_size, nano.moe
+    assert moe is not None
+    assert attention.num_kv_heads >= nano.global_attention.num_kv_heads
+    keys = attention.num_kv_heads * (attention.qk_head_dim + attention.v_head_dim)
+    projected = 4 * (attention.num_heads * attention.qk_head_dim + keys)
+    operands = 2 * attention.num_heads * (attention.qk_head_dim + attention.v_head_dim) + 2 * 2 * hidden
+    inner = 2 * moe.num_experts_per_token * max(nano.dense_dim, moe.expert_dim)
+    token = projected + operands + inner + 4 * (2 + moe.num_experts_per_token) * hidden
+    window = attention.window_keys or 0
+    replica = Replica(nano, fleet())
+    assert replica.step_bytes(100) == (100 + window) * (token + 2 * keys)
+    assert replica.step_bytes(300) - replica.step_bytes(100) == 200 * (token + 2 * keys)
+
+
 def test_a_sequence_takes_whole_pages_and_rings_that_end() -> None:
     """Catches a ring that grows with the text, heads without caches, and a page that is cut."""
     assert PAGE_TOKENS == RUNNER_PAGE_TOKENS
