@@ -170,7 +170,10 @@ def test_langchain(keyed: LiveServer) -> None:
     for method in ("json_schema", "function_calling"):
         found = model.with_structured_output({**schema, "additionalProperties": False}, method=method).invoke("the")
         assert found["n"] in (1, 2)
-    assert len({str(answer.content) for answer in model.batch(["the", "weather"])}) == 2
+    texts = ["the", "weather", "in Paris", "the weather of the world"]
+    alone = [model.invoke(text).content for text in texts]
+    assert len(set(map(str, alone))) > 1
+    assert [answer.content for answer in model.batch(texts)] == alone  # type: ignore[arg-type]
     plain = OpenAI(**where, temperature=0, max_tokens=6)  # type: ignore[arg-type]
     assert plain.invoke("the weather")
     again = ChatOpenAI(**where, use_responses_api=True, temperature=0, max_tokens=8)  # type: ignore[call-arg,arg-type]
