@@ -98,7 +98,7 @@ class Ranks:
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(RECIPE)
         first = steps // 2
-        # At the tests' rate of 3e-3 training is chaotic: two orders of one sum, 1e-7 apart, are 4e-3 apart after 40 steps.
+        # At the tests' rate of 3e-3 training is chaotic: losses 1e-7 apart are 4e-3 apart 40 steps later.
         rate = "optimizer.peak_lr=1e-3"
         self.overrides = [f"stages.0.steps={first}", f"stages.1.steps={steps - first}", rate]
         self.alone = folder / "alone"
