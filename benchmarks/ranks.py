@@ -46,6 +46,7 @@ LAYOUTS = {
 }
 PARTS = ("layouts", "kills", "disk", "flips")
 TOLERANCE = 1e-4
+MOST_STEPS_TO_KILL = 9
 # Writes a checkpoint where there is room for one and a half.
 FULL_DISK = """
 mount -t tmpfs -o size={size} tmpfs {mount} && cp -r {run} {mount}/run || exit 99
@@ -97,10 +98,7 @@ class Ranks:
         self.folder, self.steps = folder, steps
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(RECIPE)
-        first = steps // 2
-        # At the tests' rate of 3e-3 training is chaotic: losses 1e-7 apart are 4e-3 apart 40 steps later.
-        rate = "optimizer.peak_lr=1e-3"
-        self.overrides = [f"stages.0.steps={first}", f"stages.1.steps={steps - first}", rate]
+        self.overrides = overrides(steps)
         self.alone = folder / "alone"
 
     def train_alone(self) -> None:
@@ -132,17 +130,18 @@ class Ranks:
         return load_file(target)
 
     def kills(self, number: int) -> float:
-        """Kill one of two ranks that often; the greatest difference to one process, with every step there once."""
-        chance, out, done = random.Random(0), self.folder / "killed", 0
+        """Kill one of two ranks that often; the greatest difference to two that live, with every step there once."""
+        chance, out, living, done = random.Random(0), self.folder / "killed", self.folder / "living", 0
+        steps = max(self.steps, MOST_STEPS_TO_KILL * number)
+        options = [*overrides(steps), "parallel.expert_ranks=2"]
+        _demand(train_on(2, self.recipe, living, *options), "the run that nobody kills")
         while done < number:
-            goal = self.seen(out) + chance.randrange(2, 9)
-            options = [*self.overrides, "parallel.expert_ranks=2"]
-            if checkpoint_dirs(out / "checkpoints"):
-                options.append("--resume")
-            else:
+            goal = self.seen(out) + chance.randrange(2, MOST_STEPS_TO_KILL)
+            resume = bool(checkpoint_dirs(out / "checkpoints"))
+            if not resume:
                 shutil.rmtree(out, ignore_errors=True)
             process = subprocess.Popen(
-                torchrun_command(2, *train_command(self.recipe, out, *options)),
+                torchrun_command(2, *train_command(self.recipe, out, *options, *["--resume"] * resume)),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=ENVIRONMENT,
@@ -158,8 +157,8 @@ class Ranks:
             _say(
                 f"killed at step {self.seen(out)}, {[step.name for step in checkpoint_dirs(out / 'checkpoints')[-1:]]}"
             )
-        _demand(train_on(2, self.recipe, out, *self.overrides, "parallel.expert_ranks=2", "--resume"), "the last run")
-        return self.difference(out)
+        _demand(train_on(2, self.recipe, out, *options, "--resume"), "the last run")
+        return difference(out, living, steps)
 
     def disk(self) -> dict[str, tuple[str, bool]]:
         """A full file system and a truncated part: what was said, and whether the run ended as if nothing had been."""
@@ -245,12 +244,24 @@ class Ranks:
         return len(path.read_text().splitlines()) if path.is_file() else 0
 
     def difference(self, run_dir: Path) -> float:
-        """The greatest relative difference of any loss or gradient norm to one process. Every step must be there."""
-        ours, theirs = losses(run_dir / "metrics.jsonl"), losses(self.alone / "metrics.jsonl")
-        if len(ours) != self.steps or len(theirs) != self.steps:
-            raise SystemExit(f"{run_dir.name} has {len(ours)} steps, one process {len(theirs)}, expected {self.steps}")
-        pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
-        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+        return difference(run_dir, self.alone, self.steps)
+
+
+def overrides(steps: int) -> list[str]:
+    """Half the steps for each stage of the recipe, and a rate that suits so many.
+
+    At the tests' rate of 3e-3 training is chaotic: losses 1e-7 apart are 4e-3 apart 40 steps later.
+    """
+    return [f"stages.0.steps={steps // 2}", f"stages.1.steps={steps - steps // 2}", "optimizer.peak_lr=1e-3"]
+
+
+def difference(run_dir: Path, other: Path, steps: int) -> float:
+    """The greatest relative difference of any loss or gradient norm of two runs. Every step must be there."""
+    ours, theirs = losses(run_dir / "metrics.jsonl"), losses(other / "metrics.jsonl")
+    if len(ours) != steps or len(theirs) != steps:
+        raise SystemExit(f"{run_dir.name} has {len(ours)} steps, {other.name} {len(theirs)}, expected {steps}")
+    pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
 def losses(path: Path) -> list[Sequence[float]]:
