@@ -29,7 +29,7 @@ from openmimo.reproduce.attention import (
     sink_difference,
 )
 from openmimo.reproduce.plots import plot_attention
-from openmimo.reproduce.story import DOMAINS
+from openmimo.reproduce.story import DOMAINS, load_story
 
 SHORT = [
     "long.tokenizer.train_documents=60",
@@ -132,7 +132,7 @@ def test_the_command_trains_every_arm_as_its_name_says(tmp_path: Path, monkeypat
     for arm in arms_of([8], 32):
         config = ModelConfig.from_pretrained(tmp_path / f"attention-{arm.slug}-0" / "model")
         assert (AttentionKind.SLIDING in config.layer_kinds) == (arm.window is not None)
-        assert config.global_attention.rope_theta == 8e4
+        assert config.global_attention.rope_theta == load_story([]).long.stages[-1].global_rope_theta
         if arm.window is not None:
             sliding = config.sliding_attention
             assert (sliding.window_keys, sliding.sink) == (arm.window, arm.sink)
