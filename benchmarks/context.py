@@ -6,7 +6,8 @@
 At each length: bytes of the cache in use beside the formula (`openmimo.config.cost.kv_cache_bytes` for whole pages),
 those of the sliding layers and MTP heads alone, the time of the prompt and that of a decoding step. Then how much
 longer a step takes than at the shortest length, beside the time of reading the global layers' additional bytes at the
-speed of this machine's memory, measured in the same moment. Prints a table, then one JSON line.
+speed of this machine's memory. Steps and readings of as many bytes take turns, because that speed changes by half from
+one second to the next. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
-from common import describe_machine, print_result, print_table, read_bandwidth
+from common import describe_machine, print_result, print_table, timed
 from openmimo.config.cost import kv_cache_bytes
 from openmimo.config.model import preset
 from openmimo.engine import Engine, SamplingParams
@@ -27,13 +29,27 @@ from openmimo.engine.runner import PAGE_TOKENS
 from openmimo.evals.bench_limits import MOST_READ_BYTES
 from openmimo.model import build_model
 
-DECODED = 24  # tokens per length; the first of them comes with the prompt
+DECODED = 65  # tokens per length; the first of them comes with the prompt
+BOUT = 8  # steps between two readings of memory
+REST = 0.05  # seconds behind a reading, whose threads look for more work for a while
 
 
-def measure(engine: Engine, prompt: list[int]) -> dict[str, float]:
-    """Seconds and bytes of one prompt and of decoding behind it."""
+def reader(num_bytes: int) -> Callable[[], float]:
+    """Reads that many bytes and returns the bytes per second: by a sum or a product, whichever is faster."""
+    columns = 1024
+    x_NC = torch.ones(max(1, num_bytes // (4 * columns)), columns)
+    ones_C = torch.ones(columns)
+
+    def read() -> float:
+        return x_NC.nbytes / min(timed(x_NC.sum), timed(lambda: torch.mv(x_NC, ones_C)))
+
+    return read
+
+
+def measure(engine: Engine, prompt: list[int], read: Callable[[], float]) -> dict[str, float]:
+    """Seconds and bytes of one prompt and of decoding behind it, and the speed of memory meanwhile."""
     request = engine.add_request(prompt, SamplingParams(max_tokens=DECODED, ignore_eos=True))
-    started, steps, used = time.perf_counter(), list[float](), 0
+    started, steps, reads, used = time.perf_counter(), list[float](), list[float](), 0
     prompt_seconds = 0.0
     while True:
         began = time.perf_counter()
@@ -45,11 +61,19 @@ def measure(engine: Engine, prompt: list[int]) -> dict[str, float]:
             prompt_seconds = ended - started
         else:
             steps.append(ended - began)
+            if len(steps) % BOUT == 0:
+                reads.append(read())
+                time.sleep(REST)
         if any(event.completion is not None for event in events):
             break
         used = engine.used_cache_bytes
     engine.abort(request)
-    return {"prompt_s": prompt_seconds, "step_s": statistics.median(steps), "used_bytes": used}
+    return {
+        "prompt_s": prompt_seconds,
+        "step_s": statistics.median(steps),
+        "used_bytes": used,
+        "bandwidth": statistics.median(reads),
+    }
 
 
 def main() -> None:
@@ -77,13 +101,12 @@ def main() -> None:
     length = options.shortest
     while True:
         length = min(length, longest)
-        row = {"tokens": length, **measure(engine, text[:length])}
         pages = -(-(length + DECODED - 1) // PAGE_TOKENS) * PAGE_TOKENS
         formula = kv_cache_bytes(config, pages, draft_slots=config.num_mtp_heads, mtp_heads=config.num_mtp_heads)
-        row["formula_bytes"] = formula.total
+        read = reader(min(MOST_READ_BYTES, max(1 << 24, formula.global_layers)))
+        row = {"tokens": length, **measure(engine, text[:length], read), "formula_bytes": formula.total}
         row["global_bytes"] = formula.global_layers
         row["sliding_bytes"] = row["used_bytes"] - formula.global_layers
-        row["bandwidth"] = read_bandwidth(min(MOST_READ_BYTES, max(1 << 24, formula.global_layers)))
         rows.append(row)
         first = rows[0]
         row["extra_s"] = row["step_s"] - first["step_s"]

@@ -17,10 +17,11 @@ namespace {
 // a virtual machine longer than the gap between two steps.
 constexpr int STEP_SPINS = 4000, IDLE_SPINS = 20000;
 
-// When threads slept at barriers for more than a quarter of a run, somebody lost a processor. The next runs do with half
-// the threads, until after a while all are tried again; each failed try doubles that while. It is short at first, because
-// another engine's threads spin for some milliseconds after their last work and are gone then. How often they slept says
-// nothing: where a phase takes long, uneven shares alone differ by more than they spin.
+// When threads slept at barriers for half of a run, somebody lost a processor for as long as all of them worked, and half
+// the threads would have taken no longer. The next runs do with these, until after a while all are tried again; each failed
+// try doubles that while. It is short at first, because another engine's threads spin for some milliseconds after their last
+// work and are gone then. How often they slept says nothing: where a phase takes long, uneven shares alone differ by more
+// than they spin.
 constexpr int FEWEST_BARRIERS = 8;
 constexpr std::chrono::milliseconds FIRST_PATIENCE{5}, MOST_PATIENCE{640};
 
@@ -103,7 +104,7 @@ void Pool::adapt(std::chrono::steady_clock::time_point began) {
   if (num_threads_ == 1) return;
   const auto now = std::chrono::steady_clock::now();
   if (active_ > 1 && barriers_.load(std::memory_order_relaxed) >= FEWEST_BARRIERS &&
-      4 * slept_.load(std::memory_order_relaxed) > (active_ - 1) * nanoseconds(now - began)) {
+      2 * slept_.load(std::memory_order_relaxed) > (active_ - 1) * nanoseconds(now - began)) {
     active_ = std::max(1, active_ / 2);
     deadline_ = now + patience_;
     patience_ = std::min(2 * patience_, MOST_PATIENCE);
