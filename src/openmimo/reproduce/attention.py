@@ -1,8 +1,9 @@
 """Tables 2 and 3 of the report in small: what the width of the window and the sink change, beside global layers only.
 
-Every arm is the same recipe (`recipes/long-context.toml`: a native length, then twelve times as much with another rotary
-base), the same data and the same number of tokens; only the layers' attention differs. The report's window of 128 is a
-250th of its native 32k tokens. Of a few hundred tokens that would be one word, so windows here are a larger share.
+Every arm is the same recipe (`recipes/long-context.toml`: a native length, then twelve times as much with another
+rotary base), the same data and the same number of tokens; only the layers' attention differs. The report's window of
+128 is a 250th of its native 32k tokens. Of a few hundred tokens that would be one word, so windows here are a larger
+share.
 """
 
 from __future__ import annotations
