@@ -17,11 +17,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 
-from common import describe_machine, print_result, print_table, timed
+from common import describe_machine, print_result, print_table, read_bandwidth
 from openmimo.config.cost import kv_cache_bytes
 from openmimo.config.model import preset
 from openmimo.engine import Engine, SamplingParams
@@ -34,19 +33,7 @@ BOUT = 8  # steps between two readings of memory
 REST = 0.05  # seconds behind a reading, whose threads look for more work for a while
 
 
-def reader(num_bytes: int) -> Callable[[], float]:
-    """Reads that many bytes and returns the bytes per second: by a sum or a product, whichever is faster."""
-    columns = 1024
-    x_NC = torch.ones(max(1, num_bytes // (4 * columns)), columns)
-    ones_C = torch.ones(columns)
-
-    def read() -> float:
-        return x_NC.nbytes / min(timed(x_NC.sum), timed(lambda: torch.mv(x_NC, ones_C)))
-
-    return read
-
-
-def measure(engine: Engine, prompt: list[int], read: Callable[[], float]) -> dict[str, float]:
+def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, float]:
     """Seconds and bytes of one prompt and of decoding behind it, and the speed of memory meanwhile."""
     request = engine.add_request(prompt, SamplingParams(max_tokens=DECODED, ignore_eos=True))
     started, steps, reads, used = time.perf_counter(), list[float](), list[float](), 0
@@ -62,7 +49,7 @@ def measure(engine: Engine, prompt: list[int], read: Callable[[], float]) -> dic
         else:
             steps.append(ended - began)
             if len(steps) % BOUT == 0:
-                reads.append(read())
+                reads.append(read_bandwidth(read_bytes, rounds=1, min_seconds=0.005))
                 time.sleep(REST)
         if any(event.completion is not None for event in events):
             break
@@ -103,8 +90,8 @@ def main() -> None:
         length = min(length, longest)
         pages = -(-(length + DECODED - 1) // PAGE_TOKENS) * PAGE_TOKENS
         formula = kv_cache_bytes(config, pages, draft_slots=config.num_mtp_heads, mtp_heads=config.num_mtp_heads)
-        read = reader(min(MOST_READ_BYTES, max(1 << 24, formula.global_layers)))
-        row = {"tokens": length, **measure(engine, text[:length], read), "formula_bytes": formula.total}
+        read_bytes = min(MOST_READ_BYTES, max(1 << 24, formula.global_layers))
+        row = {"tokens": length, **measure(engine, text[:length], read_bytes), "formula_bytes": formula.total}
         row["global_bytes"] = formula.global_layers
         row["sliding_bytes"] = row["used_bytes"] - formula.global_layers
         rows.append(row)
