@@ -1,13 +1,14 @@
 """What a long context costs: prompts of 1k to 256k tokens.
 
-    python benchmarks/context.py                                # `tiny`, 1k to 256k: about fifteen minutes
+    python benchmarks/context.py                                # `tiny`, 1k to 256k: about twelve minutes
     python benchmarks/context.py --preset small --longest 32768
 
 At each length: bytes of the cache in use beside the formula (`openmimo.config.cost.kv_cache_bytes` for whole pages),
 those of the sliding layers and MTP heads alone, the time of the prompt and that of a decoding step. Then how much
 longer a step takes than at the shortest length, beside the time of reading the global layers' additional bytes at the
-speed of this machine's memory. Steps and readings of as many bytes take turns, because that speed changes by half from
-one second to the next. Prints a table, then one JSON line.
+speed of this machine's memory. Steps and readings of as many bytes take turns, and each bout of steps is compared with
+the reading behind it, because that speed changes by half from one second to the next. Prints a table, then one JSON
+line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -28,15 +30,20 @@ from openmimo.engine.runner import PAGE_TOKENS
 from openmimo.evals.bench_limits import MOST_READ_BYTES
 from openmimo.model import build_model
 
-DECODED = 65  # tokens per length; the first of them comes with the prompt
 BOUT = 8  # steps between two readings of memory
+FEWEST_BOUTS, MOST_BOUTS = 8, 64  # of a length: one for 1,024 tokens, so that it hardly grows meanwhile
 REST = 0.05  # seconds behind a reading, whose threads look for more work for a while
 
 
-def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, float]:
-    """Seconds and bytes of one prompt and of decoding behind it, and the speed of memory meanwhile."""
-    request = engine.add_request(prompt, SamplingParams(max_tokens=DECODED, ignore_eos=True))
-    started, steps, reads, used = time.perf_counter(), list[float](), list[float](), 0
+def num_decoded(length: int) -> int:
+    """Tokens to decode behind a prompt; the first of them comes with the prompt."""
+    return 1 + BOUT * min(MOST_BOUTS, max(FEWEST_BOUTS, length // 1024))
+
+
+def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, Any]:
+    """Seconds and bytes of one prompt and of decoding behind it, and the speed of memory meanwhile, bout by bout."""
+    request = engine.add_request(prompt, SamplingParams(max_tokens=num_decoded(len(prompt)), ignore_eos=True))
+    started, steps, bouts, reads, used = time.perf_counter(), list[float](), list[float](), list[float](), 0
     prompt_seconds = 0.0
     while True:
         began = time.perf_counter()
@@ -49,6 +56,7 @@ def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, flo
         else:
             steps.append(ended - began)
             if len(steps) % BOUT == 0:
+                bouts.append(statistics.median(steps[-BOUT:]))
                 reads.append(read_bandwidth(read_bytes, rounds=1, min_seconds=0.005))
                 time.sleep(REST)
         if any(event.completion is not None for event in events):
@@ -59,7 +67,8 @@ def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, flo
         "prompt_s": prompt_seconds,
         "step_s": statistics.median(steps),
         "used_bytes": used,
-        "bandwidth": statistics.median(reads),
+        "bout_s": bouts,
+        "bandwidth": reads,
     }
 
 
@@ -71,7 +80,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     config = preset(options.preset)
-    longest = min(options.longest, config.max_positions - PAGE_TOKENS)
+    longest = min(options.longest, config.max_positions - num_decoded(options.longest))
     torch.set_num_threads(options.threads)
     model = build_model(config, seed=0, dtype=torch.bfloat16).eval()
     engine = Engine(
@@ -79,16 +88,16 @@ def main() -> None:
         runner="native",
         draft_heads=0,
         max_batch=1,
-        cache_tokens=longest + 4 * PAGE_TOKENS,
+        cache_tokens=longest + num_decoded(longest) + 4 * PAGE_TOKENS,
         prefix_cache_bytes=0,
         threads=options.threads,
     )
     text = random.Random(0).choices(range(config.vocab_size), k=longest)
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
     length = options.shortest
     while True:
         length = min(length, longest)
-        pages = -(-(length + DECODED - 1) // PAGE_TOKENS) * PAGE_TOKENS
+        pages = -(-(length + num_decoded(length) - 1) // PAGE_TOKENS) * PAGE_TOKENS
         formula = kv_cache_bytes(config, pages, draft_slots=config.num_mtp_heads, mtp_heads=config.num_mtp_heads)
         read_bytes = min(MOST_READ_BYTES, max(1 << 24, formula.global_layers))
         row = {"tokens": length, **measure(engine, text[:length], read_bytes), "formula_bytes": formula.total}
@@ -97,7 +106,10 @@ def main() -> None:
         rows.append(row)
         first = rows[0]
         row["extra_s"] = row["step_s"] - first["step_s"]
-        row["memory_s"] = (row["global_bytes"] - first["global_bytes"]) / row["bandwidth"]
+        extra = row["global_bytes"] - first["global_bytes"]
+        row["memory_s"] = extra / statistics.median(row["bandwidth"])
+        ratios = [(step - first["step_s"]) * speed for step, speed in zip(row["bout_s"], row["bandwidth"], strict=True)]
+        row["ratio"] = statistics.median(ratios) / extra if extra else 0.0
         print(f"{length} tokens: {row['step_s'] * 1e3:.2f} ms per step", file=sys.stderr)
         if length == longest:
             break
@@ -114,7 +126,7 @@ def main() -> None:
                 f"{row['step_s'] * 1e3:.2f}",
                 f"{row['extra_s'] * 1e3:.2f}",
                 f"{row['memory_s'] * 1e3:.2f}",
-                f"x{row['extra_s'] / row['memory_s']:.2f}" if row["memory_s"] else "-",
+                f"x{row['ratio']:.2f}" if row["ratio"] else "-",
             ]
             for row in rows
         ],

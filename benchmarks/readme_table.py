@@ -201,7 +201,7 @@ def context_rows() -> Rows:
     rows: Rows = []
     for row in found["rows"]:
         if row["tokens"] in (1024, 32768) or row is found["rows"][-1]:
-            extra = f"; x{row['extra_s'] / row['memory_s']:.2f} of its extra bytes' time" if row["memory_s"] else ""
+            extra = f"; x{row['ratio']:.2f} of its extra bytes' time" if row["ratio"] else ""
             figure = (
                 f"{1e3 * row['step_s']:.2f} ms per token{extra}; cache {row['used_bytes'] / 1e6:.1f} MB, "
                 f"of it sliding layers and heads {row['sliding_bytes'] / 1e6:.2f} MB; prompt {row['prompt_s']:.1f} s"

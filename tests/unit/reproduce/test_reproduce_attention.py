@@ -15,6 +15,7 @@ from openmimo.config.model import AttentionKind, ModelConfig
 from openmimo.evals.retrieval import RetrievalCell
 from openmimo.reproduce import attention
 from openmimo.reproduce.attention import (
+    HOURLY,
     LEVELS,
     TASKS,
     Arm,
@@ -105,6 +106,15 @@ def test_the_sink_is_compared_seed_by_seed(tmp_path: Path) -> None:
     assert costs[1][3] == costs[1][8] == "10.00x"
     plot_attention(report, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
+
+
+def test_an_hours_runs_are_the_recipe_in_fewer_steps_and_without_heads() -> None:
+    """Catches overrides that leave out a stage that the recipe has got since."""
+    whole, hourly = load_story().long, load_story(HOURLY).long
+    assert len(hourly.stages) == len(whole.stages)
+    for long, short in zip(whole.stages, hourly.stages, strict=True):
+        assert short == replace(long, steps=short.steps, mtp_heads=0)
+        assert short.steps < long.steps
 
 
 def test_all_global_keeps_everything_else() -> None:
