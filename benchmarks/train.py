@@ -1,12 +1,14 @@
 """Training speed beside transformers: forward, backward and AdamW of the same architecture, in turns.
 
     python benchmarks/train.py --preset tiny --batch 8 --length 512 --steps 5
+    python benchmarks/train.py --preset small --apart --steps 3    # 20 GB for transformers alone
 
 Both sides train next-token loss in bf16 on the same tokens with gradient clipping; MTP heads, which transformers does
 not have, are off unless `--mtp-heads` asks for them. transformers runs in the fastest of its settings, found by a short
 probe of all of them. Each side has a process of its own, so that neither runs under what the other set up: `openmimo
-train` keeps freed memory, which is worth a third to transformers too; `--keep-memory both` lends it that.
-Prints a table, then one JSON line.
+train` keeps freed memory, which is worth a third to transformers too; `--keep-memory both` lends it that. With
+`--apart` the processes still take turns, but each ends before the other begins: for models of which two do not fit in
+memory. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -15,14 +17,25 @@ import argparse
 import multiprocessing
 import statistics
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import describe_machine, in_turns, matmul_peak, print_result, print_table, spread, timed
+from common import (
+    describe_machine,
+    in_turns,
+    matmul_peak,
+    print_result,
+    print_table,
+    reported_in_turns,
+    spread,
+    timed,
+)
 from openmimo.config.cost import training_flops
 from openmimo.config.model import AttentionKind, ModelConfig, preset
 from openmimo.model import build_model
@@ -33,6 +46,7 @@ from openmimo.train.step import StepSettings, train_step
 LEARNING_RATE = 1e-4
 # The gathered expert weights of `batched_mm`, in bytes per layer, above which it is not probed.
 BATCHED_LIMIT = 1 << 28
+WARM_UP = 2
 
 Step = Callable[[], object]
 
@@ -152,13 +166,20 @@ def fastest_settings(config: ModelConfig, tokens_BT: Tensor) -> tuple[TheirSetti
 
 
 class Side:
-    """A side's steps in a process of their own; calling it runs one and waits. `info` is what it says of itself."""
+    """A side's steps in a process of their own; calling it runs one and waits. `info` is what it says of itself.
 
-    def __init__(self, which: str, config: ModelConfig, options: argparse.Namespace) -> None:
+    Without settings transformers' side finds its fastest ones first.
+    """
+
+    def __init__(
+        self, which: str, config: ModelConfig, options: argparse.Namespace, settings: TheirSettings | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve_steps, args=(theirs, which, config, options), daemon=True)
+        arguments = (theirs, which, config, options, settings)
+        self._process = context.Process(target=_serve_steps, args=arguments, daemon=True)
         self._process.start()
+        theirs.close()  # so that a side that dies is an end of file here
         self.info: Any = self._pipe.recv()
 
     def __call__(self) -> None:
@@ -170,7 +191,17 @@ class Side:
         self._process.join()
 
 
-def _serve_steps(pipe: Connection, which: str, config: ModelConfig, options: argparse.Namespace) -> None:
+def step_alone(which: str, config: ModelConfig, options: argparse.Namespace, settings: TheirSettings) -> float:
+    """Seconds of a warm step of a side whose process lives for that alone."""
+    with closing(Side(which, config, options, settings)) as side:
+        for _ in range(WARM_UP):
+            side()
+        return timed(side)
+
+
+def _serve_steps(
+    pipe: Connection, which: str, config: ModelConfig, options: argparse.Namespace, settings: TheirSettings | None
+) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if which == "openmimo" or options.keep_memory == "both":
@@ -179,7 +210,7 @@ def _serve_steps(pipe: Connection, which: str, config: ModelConfig, options: arg
     if which == "openmimo":
         step, info = our_step(config, tokens_BT), None
     else:
-        info = fastest_settings(config, tokens_BT)
+        info = (settings, {}) if settings else fastest_settings(config, tokens_BT)
         step = their_step(config, tokens_BT, info[0])
     pipe.send(info)
     while pipe.recv():
@@ -196,17 +227,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--mtp-heads", type=int, default=0, help="MTP heads that our side trains in addition")
     parser.add_argument("--keep-memory", choices=("ours", "both"), default="ours", help="who keeps freed memory")
+    parser.add_argument("--apart", action="store_true", help="never both sides in memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     config = preset(options.preset).replace(num_mtp_heads=options.mtp_heads)
-    arms = {which: Side(which, config, options) for which in ("transformers", "openmimo")}
-    best, probe = arms["transformers"].info
+    theirs = Side("transformers", config, options)
+    best, probe = theirs.info
     peak_before = matmul_peak(torch.bfloat16)
-    seconds = in_turns(arms, rounds=options.steps, warm_up=2)
+    if options.apart:
+        theirs.close()
+        alone = {which: partial(step_alone, which, config, options, best) for which in ("transformers", "openmimo")}
+        seconds = reported_in_turns(alone, options.steps, warm_up=0)
+    else:
+        with closing(theirs), closing(Side("openmimo", config, options)) as ours:
+            seconds = in_turns({"transformers": theirs, "openmimo": ours}, rounds=options.steps, warm_up=WARM_UP)
     peak = max(peak_before, matmul_peak(torch.bfloat16))
-    for arm in arms.values():
-        arm.close()
 
     num_tokens = options.batch * options.length
     flops = num_tokens * training_flops(config, options.length, mtp_heads=config.num_mtp_heads)
@@ -217,9 +253,9 @@ def main() -> None:
         "transformers": plain_flops / medians["transformers"] / peak,
     }
     rows = [
-        [name, medians[name], num_tokens / medians[name], spread(seconds[name]), utilisation[name]] for name in arms
+        [name, medians[name], num_tokens / medians[name], spread(seconds[name]), utilisation[name]] for name in seconds
     ]
-    ratios = [theirs / ours for ours, theirs in zip(seconds["openmimo"], seconds["transformers"], strict=True)]
+    ratios = [their / our for our, their in zip(seconds["openmimo"], seconds["transformers"], strict=True)]
     ratio = statistics.median(ratios)
     print(
         f"{options.preset}, {options.batch} x {options.length} tokens, {options.threads} threads; theirs: {best.name}"

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 
@@ -79,10 +80,16 @@ def _lock(descriptor: int) -> bool:
 
 
 def make_room(path: Path, num_bytes: int) -> None:
-    """Delete the files that were not used longest, so that one of `num_bytes` fits the limits."""
+    """Delete the files that were not used longest, so that one of `num_bytes` fits the limits and the disk.
+
+    On a disk that has no room for it even so nothing goes: the file cannot be written anyway.
+    """
     others = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    used, kept = num_bytes, 1
-    for file in others:
-        used, kept = used + file.stat().st_size, kept + 1
-        if used > MOST_BYTES or kept > MOST_FILES:
+    sizes = [file.stat().st_size for file in others]
+    free = shutil.disk_usage(path.parent).free
+    missing = max(0, num_bytes - free) if num_bytes <= free + sum(sizes) else 0
+    used, kept, older = num_bytes, 1, sum(sizes)
+    for file, size in zip(others, sizes, strict=True):
+        used, kept, older = used + size, kept + 1, older - size
+        if used > MOST_BYTES or kept > MOST_FILES or older < missing:
             file.unlink(missing_ok=True)

@@ -112,11 +112,9 @@ class Replica:
     def decode_step(self, batch: int, context_tokens: int, *, tokens: int = 1) -> StepTime:
         """A step that feeds `tokens` tokens of each of `batch` sequences."""
         local = math.ceil(batch / self.ranks)
-        reads = step_weight_reads(self.config, batch * tokens, weight_bits=self.weight_bits)
         caches = local * kv_cache_bytes(self.config, context_tokens, self.cache_bytes).total
-        num_bytes = reads.shared + reads.experts / self.ranks + caches
         flops = local * tokens * forward_flops(self.config, context_tokens)
-        return self._limit(num_bytes, flops, local * tokens, self.config.num_layers)
+        return self._limit(self._read_seconds(batch * tokens, caches), flops, local * tokens, self.config.num_layers)
 
     def draft_step(self, batch: int) -> StepTime:
         """All heads in turn on every sequence."""
@@ -127,13 +125,12 @@ class Replica:
         window = kv_cache_bytes(config, config.sliding_attention.window_keys or 0, self.cache_bytes, mtp_heads=heads)
         num_bytes = both.shared - main.shared + local * window.mtp_heads
         flops = local * (forward_flops(config, 1, mtp_heads=heads) - forward_flops(config, 1))
-        return self._limit(num_bytes, flops, 0, heads)
+        return self._limit(num_bytes / self.fleet.device.read_bandwidth(num_bytes), flops, 0, heads)
 
     def prefill(self, num_tokens: int) -> StepTime:
         """One prompt on each rank, alone."""
-        reads = step_weight_reads(self.config, num_tokens * self.ranks, weight_bits=self.weight_bits)
-        num_bytes = reads.shared + reads.experts / self.ranks
-        return self._limit(num_bytes, prefill_flops(self.config, num_tokens), num_tokens, self.config.num_layers)
+        seconds = self._read_seconds(num_tokens * self.ranks, 0)
+        return self._limit(seconds, prefill_flops(self.config, num_tokens), num_tokens, self.config.num_layers)
 
     def drafting(self, batch: int, context_tokens: int, acceptance_length: float) -> Drafting:
         """Speed-up by all heads; the acceptance length is tokens per step, 1 to heads + 1. Raises: ConfigError."""
@@ -145,10 +142,23 @@ class Replica:
         speedup = acceptance_length * plain / (verify + self.draft_step(batch).seconds)
         return Drafting(batch=batch, acceptance_length=acceptance_length, speedup=speedup)
 
-    def _limit(self, num_bytes: float, flops: float, routed_tokens: int, num_layers: int) -> StepTime:
+    def _read_seconds(self, num_tokens: int, cache_bytes: float) -> float:
+        """Of reading the weights that so many tokens need, and the caches of their sequences.
+
+        What every step reads can stay close to the processor if a whole step fits there. Which experts it reads
+        changes, so they come from where all of them fit.
+        """
+        reads = step_weight_reads(self.config, num_tokens, weight_bits=self.weight_bits)
+        always, experts = reads.shared + cache_bytes, reads.experts / self.ranks
+        all_experts = count_parameters(self.config).experts * self.weight_bits / 8 / self.ranks
+        device = self.fleet.device
+        near, far = device.read_bandwidth(always + experts), device.read_bandwidth(always + all_experts)
+        return always / near + experts / far
+
+    def _limit(self, read_seconds: float, flops: float, routed_tokens: int, num_layers: int) -> StepTime:
         device = self.fleet.device
         parts = {
-            "memory": num_bytes / device.read_bandwidth(num_bytes),
+            "memory": read_seconds,
             "products": flops / device.peak(self.weights),
             "links": self._exchanged(routed_tokens) / self.fleet.rate_between(self.ranks),
         }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from openmimo.checkpoint.safetensors_io import SafetensorsFile
 from openmimo.config.io import read_model_config
 from openmimo.config.model import ModelConfig, preset
 from openmimo.config.tensor_names import INDEX_NAME, SINGLE_NAME
-from openmimo.engine import Engine, SamplingParams, native_weights
+from openmimo.engine import Engine, SamplingParams, native_weights, packed
 from openmimo.engine.native_runner import WEIGHTS, NativeRunner
 from openmimo.errors import CheckpointError
 
@@ -314,3 +315,30 @@ def remove_tensors(folder: Path, part: str, *, single_file: bool) -> None:
         (folder / INDEX_NAME).unlink()
     else:
         (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(kept, SINGLE_NAME)}))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "left"),
+    [(100, ["a", "b", "c"]), (101, ["b", "c"]), (150, ["b", "c"]), (151, ["c"]), (180, []), (181, ["a", "b", "c"])],
+)
+def test_the_files_used_longest_ago_make_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int, left: list[str]
+) -> None:
+    """Catches files that go for nothing: while there is room, newer ones first, or where all of them would not do."""
+    for age, (name, size) in enumerate([("c", 10), ("b", 20), ("a", 50)]):
+        file = tmp_path / f"{name}.packed"
+        file.write_bytes(bytes(size))
+        os.utime(file, (1000 - age, 1000 - age))
+    monkeypatch.setattr(packed.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    packed.make_room(tmp_path / "new.packed", num_bytes)
+    assert sorted(file.stem for file in tmp_path.glob("*.packed")) == left
+
+
+def test_files_beyond_the_limits_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "MOST_FILES", 3)
+    for age in range(4):
+        file = tmp_path / f"{age}.packed"
+        file.touch()
+        os.utime(file, (1000 - age, 1000 - age))
+    packed.make_room(tmp_path / "new.packed", 1)
+    assert sorted(file.stem for file in tmp_path.glob("*.packed")) == ["0", "1"]

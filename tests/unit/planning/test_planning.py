@@ -131,6 +131,21 @@ def test_a_step_takes_as_long_as_what_binds_it() -> None:
     assert late.decode_step(1, 10).seconds == pytest.approx(6 + one.seconds)
 
 
+def test_experts_come_from_further_away_than_what_every_step_reads() -> None:
+    """Catches experts that are read as if the same ones came every time, and shared weights that go with them."""
+    nano = preset("nano")
+    experts = count_parameters(nano).experts * 2
+    whole = Replica(nano, fleet()).decode_step(1, 10).seconds * 1e9  # bytes, at 1 GB/s
+    always = whole - experts / 4
+    near = (whole * 1.01, 2e9)
+    found = Replica(nano, fleet(reads=(near,))).decode_step(1, 10).seconds
+    assert found == pytest.approx(always / 2e9 + experts / 4 / 1e9)
+    found = Replica(nano, fleet(reads=(near, (always + experts, 1.5e9)))).decode_step(1, 10).seconds
+    assert found == pytest.approx(always / 2e9 + experts / 4 / 1.5e9)
+    all_read = Replica(nano, fleet(reads=(near, (always + experts, 1.5e9)))).decode_step(1, 10, tokens=1000).seconds
+    assert all_read == pytest.approx((always + experts) / 1.5e9)
+
+
 def test_ranks_exchange_what_their_tokens_experts_need() -> None:
     """Catches tokens that are sent to ranks twice, or to their own; by drawing experts for many tokens."""
     flash, ranks = preset("flash"), 8
