@@ -218,7 +218,10 @@ void Runtime::project(const Matrix& matrix, const uint32_t* const* rows, int64_t
 void Runtime::forward(const int32_t* tokens, std::vector<Sequence> sequences, const int32_t* wanted, int num_wanted,
                       float* logits, int32_t* routes) {
   Step& step = *main_;
-  for (const Sequence& s : sequences) rewind(s.row, s.start);
+  for (const Sequence& s : sequences) {
+    rewind(s.row, s.start);
+    clear_new(s);
+  }
   prepare(step, sequences);
   const int64_t dim = config_.hidden, n = step.n;
   const int num_sparse = num_sparse_layers();

@@ -150,6 +150,7 @@ class Runtime {
   Store ring(const Layer& layer, int row, int group);
   Store page(const Layer& layer, int32_t number, int group);
   Store first_store(const Layer& layer, const Sequence& sequence, int group);
+  void clear_new(const Sequence& sequence);
   void gate_up_tile(const Matrix& matrix, int64_t panel, const uint32_t* const* rows, int64_t num_rows, int64_t width,
                     uint32_t* out, int64_t out_stride, Local& mine);
   void dense_phase(Layer& layer, Step& step, int thread);

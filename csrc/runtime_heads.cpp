@@ -168,6 +168,17 @@ void Runtime::copy_page(int source, int target) {
                   layer->cache.group_words() * sizeof(uint32_t));
 }
 
+// A ring at its sequence's beginning, and pages that this step begins, hold what a predecessor left. It is masked, which
+// multiplies it by 0; should it be NaN, so would be the result.
+void Runtime::clear_new(const Sequence& s) {
+  if (s.start == 0) std::fill_n(rings_.data() + s.row * ring_words_, ring_words_, 0u);
+  const int64_t end = s.start + s.count;
+  for (int64_t block = (s.start + BLOCK - 1) / BLOCK; block * BLOCK < end; ++block)
+    for (const auto& layer : layers_)
+      for (int group = 0; !layer->sliding && group < layer->cache.groups; ++group)
+        std::memset(page(*layer, s.pages[block], group).base, 0, layer->cache.group_words() * sizeof(uint32_t));
+}
+
 // Positions that stay beyond what the heads have taken: a draft needs the last one, and a step may take tokens back.
 int64_t Runtime::spare() const { return 1 + config_.mtp_heads; }
 

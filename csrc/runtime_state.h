@@ -83,10 +83,12 @@ struct Runtime::Step {
     return replicated ? std::pair<int64_t, int64_t>{0, num_queries} : share(num_queries, thread, threads);
   }
 
-  // The stretch of keys that a long sequence attends to in sliding layers; stretches lie behind each other.
+  // The stretch of keys that a long sequence attends to in sliding layers; stretches lie behind each other. Lanes that no
+  // key fills are masked, and must be finite for that.
   void reserve_linear(int64_t slots, CacheShape shape) {
     shape.slots = static_cast<int>(slots);
     if (linear_words.size() < shape.words()) linear_words = Buffer<uint32_t>(shape.words() * 5 / 4);
+    std::fill_n(linear_words.data(), shape.words(), 0u);
   }
   Store linear(const Sequence& s, CacheShape shape, int group) {
     shape.slots = static_cast<int>(s.linear_offset);

@@ -54,6 +54,8 @@ def generate_command(
     seconds = time.perf_counter() - started
     for text, completion in zip(prompt, completions, strict=True):
         typer.echo(printable(completion.text if chat else text + completion.text))
+        if completion.finish_reason == "error":
+            typer.echo("[broken off: the model's logits are no numbers here; are its weights whole?]", err=True)
     num_tokens = sum(len(completion.token_ids) for completion in completions)
     draft = DraftStats.merge(completion.draft for completion in completions)
     typer.echo(

@@ -17,7 +17,7 @@ from openmimo.engine.blocks import BlockManager
 from openmimo.engine.drafting import REST, DraftPolicy
 from openmimo.engine.prefix import MIN_CACHED_TOKENS, PrefixCache, PrefixEntry
 from openmimo.engine.runner import PAGE_TOKENS, Float32, Int32, Routes, Runner, StepInput
-from openmimo.engine.sampler import Choices, RowOptions, choose, greedy, score
+from openmimo.engine.sampler import BROKEN, Choices, RowOptions, choose, greedy, score
 from openmimo.engine.scheduler import Scheduler
 from openmimo.engine.sequence import Sequence
 
@@ -227,9 +227,12 @@ class EngineCore:
         """Replace the tokens of sequences with options by drawn ones, and keep the distributions for the records."""
         options = RowOptions.make([(s.params, s.random_state, len(s.ids), num_rows) for s, _, num_rows in spans])
         rows = [row for span in spans for row in range(span.row, span.row + span.num_rows)]
+        if BROKEN in tokens:
+            logits_MV = np.where(np.equal(tokens, BROKEN)[:, None], np.float32(0), logits_MV)
         self._choices = choose(logits_MV[rows] if len(rows) < len(logits_MV) else logits_MV, options)
         for row, token in zip(rows, self._choices.tokens_M.tolist(), strict=True):
-            tokens[row] = token
+            if tokens[row] != BROKEN:
+                tokens[row] = token
         first = 0
         for span in spans:
             self._choice_rows[id(span.sequence)] = first
@@ -253,12 +256,12 @@ class EngineCore:
                 while kept < count and drafts[kept - 1] == tokens[row + kept - 1]:
                     kept += 1
                 taken = self._take(sequence, tokens[row : row + kept])
-                if sequence.num_answered > taken:
+                if sequence.num_answered > taken > 0:
                     self._count_step(sequence, count - 1, taken, kept, seconds_per_token)
                 rejected = tuple(drafts[kept - 1 : count - 1]) if taken == kept else ()
                 emissions.append(Emission(sequence, len(sequence.ids), taken, min(taken, kept - 1), rejected))
                 row += count
-                kept = taken
+                kept = max(taken, 1)  # what was fed, even if no token follows
             elif missing == count:
                 taken = self._take(sequence, tokens[row : row + 1])
                 emissions.append(Emission(sequence, len(sequence.ids), taken, 0))
@@ -270,8 +273,12 @@ class EngineCore:
             offset += count
 
     def _take(self, sequence: Sequence, tokens: list[int]) -> int:
-        """Append tokens and their records; returns how many counted."""
-        taken = sequence.append(tokens)
+        """Append tokens and their records; returns how many counted. The first that is none ends the answer."""
+        if BROKEN in tokens:
+            taken = sequence.append(tokens[: tokens.index(BROKEN)])
+            sequence.finish_reason = sequence.finish_reason or "error"
+        else:
+            taken = sequence.append(tokens)
         params = sequence.params
         if params.logprobs or params.top_logprobs:
             assert self._choices is not None
@@ -363,7 +370,8 @@ class EngineCore:
         )
 
     def _finish(self, sequence: Sequence) -> None:
-        self._remember(sequence, sequence.num_cached, None)
+        if sequence.finish_reason != "error":
+            self._remember(sequence, sequence.num_cached, None)
         self.scheduler.release(sequence)
 
     def _draft(self) -> None:

@@ -277,6 +277,15 @@ class Engine:
         records = slice(end - count - sequence.num_prompt, end - sequence.num_prompt)
         tokens, is_last = sequence.ids[end - count : end], end == len(sequence.ids)
         is_last &= sequence.finish_reason is not None
+        if not tokens:
+            return StreamEvent(
+                token_ids=(),
+                pieces=(),
+                drafted=(),
+                completion=sequence.complete(),
+                request_id=sequence.request_id,
+                choice=sequence.choice,
+            )
         pieces = [sequence.text.piece(token) for token in tokens[:-1]]
         pieces.append(sequence.text.piece(None if is_last and tokens[-1] in sequence.stop_ids else tokens[-1]))
         if is_last:

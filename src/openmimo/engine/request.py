@@ -173,8 +173,8 @@ class Completion:
     `prompt_top_logprobs` the most probable ones in their places; of several choices only the first has them.
     `routed_experts` has shape (prompt + completion - 1, sparse layers, k): row i is what token i of the prompt and
     completion chose; the last token was never fed, so it has none. Every row is valid.
-    `finish_reason` is "stop" (a stop token or text, which `stopped_by` holds) or "length" (`max_tokens`, or no
-    positions or pages left).
+    `finish_reason` is "stop" (a stop token or text, which `stopped_by` holds), "length" (`max_tokens`, or no positions
+    or pages left) or "error" (what the model gave after these tokens are no numbers, so none can follow).
     `num_cached_tokens` of the prompt came from the prefix cache or from another choice.
     `weights_versions` has a pair (place in the answer, version) for every version of the weights that tokens were drawn
     with, from that place on; one pair unless the weights changed meanwhile.

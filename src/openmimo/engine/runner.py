@@ -73,8 +73,8 @@ class Runner(Protocol):
     """A model ready to decode. Not safe to call from two threads at once.
 
     A ring has at least `window_keys` + K slots (heads: `window_keys` - 1 + 2K), so that up to K + 1 positions at its
-    end can be taken back and written again. A row that is given to another sequence needs no clearing: what lies
-    before position 0 is never visible.
+    end can be taken back and written again. Rows and pages need no clearing when they are given to another
+    sequence: a runner forgets a row at position 0 and a page at its first, because what is only masked must be finite.
     """
 
     @property

@@ -22,6 +22,8 @@ UInt64 = npt.NDArray[np.uint64]
 
 # Weights are added up in blocks of this many.
 BLOCK = 64
+# In place of a token: nothing can be drawn from these logits.
+BROKEN = -1
 # Rows whose weights `recorded_logprobs` holds at once.
 SLICE_ROWS = 128
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -82,8 +84,12 @@ class Choices:
 
 
 def greedy(logits_MV: Float32) -> list[int]:
-    """The most probable token of every row, the lowest id among equals."""
-    return logits_MV.argmax(axis=1).tolist()
+    """The most probable token of every row, the lowest id among equals; `BROKEN` where a logit is no number."""
+    tokens_M = logits_MV.argmax(axis=1)
+    best_M = logits_MV[np.arange(len(tokens_M)), tokens_M]  # a row's first NaN, if it has any
+    if not math.isfinite(best_M.sum()):
+        tokens_M[~np.isfinite(best_M)] = BROKEN
+    return tokens_M.tolist()
 
 
 def choose(logits_MV: Float32, options: RowOptions) -> Choices:

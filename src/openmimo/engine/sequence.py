@@ -178,7 +178,7 @@ class Sequence:
         assert self.finish_reason is not None
         params = self.params
         routes = self.routes[: len(self.ids) - 1].copy() if params.routed_experts else None
-        ended_by_token = self.ids[-1] in self.stop_ids
+        ended_by_token = self.finish_reason == "stop" and self.ids[-1] in self.stop_ids
         return Completion(
             token_ids=tuple(self.token_ids),
             text=self.text.final(self.token_ids[:-1] if ended_by_token else self.token_ids),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openmimo.config.model import AttentionKind, ModelConfig
-from openmimo.engine.runner import PAGE_TOKENS, Int32
+from openmimo.engine.runner import PAGE_TOKENS, Int32, StepInput
 from openmimo.model import MiMoModel
 from openmimo.model.attention import AttentionPlan, attend
 from openmimo.model.masks import with_sink_columns
@@ -55,7 +55,7 @@ class TorchCache:
         pages = (num_pages, config.num_layers - self.num_main_rings, PAGE_TOKENS)
 
         def zeros(*shape: int) -> Tensor:
-            # Not garbage: masked keys are still multiplied by a probability of 0, and 0 * NaN is NaN.
+            # As in `clear_new`: masked keys are still multiplied by a probability of 0, and 0 * NaN is NaN.
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.ring_k_RLCGK = zeros(*rings, sliding.num_kv_heads, sliding.qk_head_dim)
@@ -63,6 +63,18 @@ class TorchCache:
         self.page_k_PLTGK = zeros(*pages, full.num_kv_heads, full.qk_head_dim)
         self.page_v_PLTGV = zeros(*pages, full.num_kv_heads, full.v_head_dim)
         self.history_RWD = zeros(num_rows, max(1, 2 * heads), config.hidden_size)
+
+    def clear_new(self, step: StepInput) -> None:
+        """Forget what was in rows whose sequences begin with this step, and in the pages that it begins."""
+        new_rows = step.rows_S[step.starts_S == 0]
+        if len(new_rows):
+            for rows in self.row_tensors:
+                rows[self.indices(new_rows)] = 0
+        spans = zip(step.page_tables, -(-step.starts_S // PAGE_TOKENS), step.starts_S + step.counts_S, strict=True)
+        new_pages = [page for table, first, end in spans for page in table[first : -(-end // PAGE_TOKENS)].tolist()]
+        if new_pages:
+            for pages in self.page_tensors:
+                pages[self.indices(np.array(new_pages))] = 0
 
     @property
     def row_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,10 +331,11 @@ class FlatTokens(CachedTokens):
         return visible_bias(positions_ST, keys_SC, window_keys, self.cache.dtype)
 
     def _pages(self, members_S: np.ndarray) -> Tensor:
-        """The members' page tables, padded with page 0, whose keys lie behind every query."""
+        """The members' page tables, padded with their first page: masked, and as finite as the sequence itself."""
         assert self.page_tables is not None
         counts = [-(-int(self.starts_S[m] + self.counts_S[m]) // PAGE_TOKENS) for m in members_S]
         pages_SP = np.zeros((len(members_S), max(counts)), dtype=np.int64)
         for place, (member, count) in enumerate(zip(members_S, counts, strict=True)):
             pages_SP[place, :count] = self.page_tables[member][:count]
+            pages_SP[place, count:] = self.page_tables[member][0]
         return self.tensor(pages_SP)

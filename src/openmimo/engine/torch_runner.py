@@ -97,6 +97,7 @@ class TorchRunner:
         if not 0 < len(step.token_ids_N) <= self.max_step_tokens:
             raise ShapeError(f"a step of {len(step.token_ids_N)} tokens; this runner takes 1 to {self.max_step_tokens}")
         rows_S, starts_S, counts_S = step.rows_S.copy(), step.starts_S.copy(), step.counts_S.copy()
+        self.cache.clear_new(step)
         if self._static is not None and self._static.takes(step):
             output, offsets_S, num_places = self._static.forward(step)
             self._last = _Forward(rows_S, starts_S, offsets_S, self._static.hidden_ND, num_places)

@@ -63,8 +63,13 @@ class Trajectory:
 
     @staticmethod
     def from_completion(prompt: Prompt, completion: Completion) -> Trajectory:
-        """Raises: TrainingError if log-probabilities are missing, or routes do not have one row per token fed."""
+        """Raises: TrainingError if it broke off, has no log-probabilities, or routes of other tokens than were fed."""
         size = len(completion.token_ids)
+        if completion.finish_reason == "error":
+            raise TrainingError(
+                f"after {size} tokens of an answer the policy's logits are no numbers; go on from an earlier "
+                "checkpoint with a lower learning rate"
+            )
         if completion.logprobs is None or len(completion.logprobs) != size:
             raise TrainingError(f"an answer of {size} tokens has no log-probabilities; ask the sampler for them")
         routes, fed = completion.routed_experts, len(prompt.token_ids) + size - 1

@@ -24,6 +24,7 @@ T = TypeVar("T")
 Command = Callable[[], None]
 _log = logging.getLogger(__name__)
 
+NOT_FINITE = "the model's logits are no numbers after this text: its weights are damaged, or the text overflows them"
 # Steps that fail one after the other before the server says that it is not well.
 MOST_FAILURES = 3
 
@@ -219,6 +220,9 @@ class EngineWorker:
                 continue
             if event.completion is not None:
                 ticket.completions.append(event.completion)
+                if event.completion.finish_reason == "error":
+                    self._end(ticket, ApiError(500, NOT_FINITE, code="not_finite"))
+                    continue
             if ticket.wants_steps:
                 ticket.events.append(event)
                 ticket.num_unread += len(event.token_ids)

@@ -12,9 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
 from server_fakes import LiveServer, serving, small_engine
 
+from openmimo.config.model import preset
 from openmimo.engine import Engine, SamplingParams, StreamEvent
+from openmimo.model import build_model
 from openmimo.server.errors import ApiError
 from openmimo.server.worker import EngineWorker, Ticket
 from openmimo.text import Tokenizer
@@ -103,6 +106,32 @@ def test_an_engine_that_fails_tells_its_requests_and_goes_on(
         for _ in range(3):
             assert server.post("/v1/completions", LONG).status_code == 500
         assert server.get("/health").status_code == 503
+
+
+def test_logits_that_are_no_numbers_end_their_own_request(tokenizer: Tokenizer) -> None:
+    """Catches a step that fails for all, an answer without an error, and a server that calls itself unwell for it."""
+    config = preset("nano").replace(vocab_size=tokenizer.vocab_size, max_positions=1024)
+    model, bad = build_model(config, seed=0), tokenizer.vocab_size - 1
+    expected = small_engine(tokenizer).generate(
+        ["the weather in Paris"], SamplingParams(max_tokens=900, ignore_eos=True)
+    )
+    with torch.no_grad():
+        model.embed_tokens.weight[bad] = torch.nan
+    engine = Engine(model, tokenizer=tokenizer, max_batch=8, threads=1)
+    with serving(engine) as server, ThreadPoolExecutor(4) as pool:
+        beside = pool.submit(server.post, "/v1/completions", LONG)
+        broken = {**LONG, "prompt": [5, bad, 6], "n": 2}
+        answer = server.post("/v1/completions", broken)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "not_finite"
+        assert "not_finite" in server.post("/v1/completions", {**broken, "stream": True}).text
+        assert beside.result().json()["choices"][0]["text"] == expected[0].text
+        late = {**LONG, "prompt": [5], "logit_bias": {str(bad): 100}, "stream": True}
+        lines = server.post("/v1/completions", late).text.split("\n\n")
+        assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["finish_reason"] is None
+        assert "not_finite" in lines[-2] + lines[-3]
+        server.wait_until_idle()
+        assert server.get("/health").status_code == 200
 
 
 def test_a_reader_that_sleeps_is_given_up(tokenizer: Tokenizer) -> None:
