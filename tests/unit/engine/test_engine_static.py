@@ -192,6 +192,8 @@ def test_padding_touches_no_other_place(size: int, num_tokens: int) -> None:
         positions = torch.arange(starts[row], starts[row] + counts[row])
         rings[row, :main, positions % cache.num_slots] = True
         pages[torch.from_numpy(table)[positions // PAGE_TOKENS].long(), :, positions % PAGE_TOKENS] = True
+        begun = positions[positions % PAGE_TOKENS == 0] // PAGE_TOKENS  # forgotten whole
+        pages[torch.from_numpy(table)[begun].long()] = True
     num_sequences = min(n for n in (1, 2, 4, 5) if n >= size)
     rings[-1, :main] = pages[-1] = num_sequences * (1 if num_tokens == 1 else 4) > len(step.token_ids_N)
     assert_changed(runner, lambda: runner.forward(step), rings, pages, history)
