@@ -211,10 +211,14 @@ class StageRecipe:
 
     `sequence_length` and `batch_sequences` replace those of the data recipe for this stage; `global_rope_theta` is that
     of this stage and those after it (report: 640,000, and 5,000,000 from the long-context stage on).
+
+    With `until_loss` the stage ends as soon as the mean loss of its last steps (a moving average of about fifty) is
+    below it, and after `steps` at the latest: for what a model learns all at once, and by chance sooner or later.
     """
 
     name: str
     steps: int
+    until_loss: float | None = None
     kind: StageKind = StageKind.PRETRAIN
     schedule: Schedule = Schedule.COSINE
     warmup_steps: int = 0
@@ -235,13 +239,18 @@ class StageRecipe:
         sizes = ("sequence_length", "batch_sequences", "global_rope_theta")
         demand_numbers(
             self,
-            positive=("steps", "lr_start", *sizes),
+            positive=("steps", "lr_start", "until_loss", *sizes),
             not_negative=("warmup_steps", "lr_end", "mtp_heads", *weights),
         )
         if not self.name:
             raise ConfigError("name is empty; give the stage a name")
         if self.warmup_steps > self.steps:
             raise ConfigError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}; lower it")
+        if self.until_loss is not None and self.schedule is not Schedule.CONSTANT:
+            raise ConfigError(
+                f"until_loss={self.until_loss} may end a stage anywhere in its {self.schedule.value} schedule; "
+                "set schedule to 'constant'"
+            )
         if self.schedule is Schedule.CONSTANT and self.lr_end is not None:
             raise ConfigError(f"lr_end={self.lr_end} has no effect with a constant schedule; remove it")
 

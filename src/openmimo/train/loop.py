@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 # After this many updates in a row with a non-finite gradient the run stops instead of idling.
 MAX_SKIPPED_STEPS = 20
+# What `until_loss` compares is a moving average of about so many steps.
+RECENT_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +171,16 @@ class _Run:
             shard_model(self.model, self.ranks)
 
     def finish(self, interrupted: Callable[[], bool]) -> TrainResult:
-        total = sum(stage.steps for stage in self.recipe.stages)
-        self.reporter.start(total, self.progress.step)
+        progress = self.progress
+        left = sum(stage.steps for stage in self.recipe.stages[progress.stage :]) - progress.step_in_stage
+        self.reporter.start(progress.step + left, progress.step)
         for index, stage in enumerate(self.recipe.stages):
             if index < self.progress.stage:
                 continue
             self._enter_stage(index, stage)
             self._run_stage(stage, interrupted)
-            self.progress = replace(self.progress, stage=index + 1, step_in_stage=0, cursor=None)
+            self.reporter.leave_out(stage.steps - self.progress.step_in_stage)
+            self.progress = replace(self.progress, stage=index + 1, step_in_stage=0, cursor=None, recent_loss=None)
         self._save_checkpoint()
         model_dir = self.run_dir / "model"
         self._write_model(model_dir)
@@ -213,7 +218,7 @@ class _Run:
             rank=0 if self.ranks is None else self.ranks.rank,
             world_size=self.num_ranks,
         ) as loader:
-            while self.progress.step_in_stage < stage.steps:
+            while not self._is_done(stage):
                 step = self.progress.step_in_stage
                 rate = learning_rate(
                     stage.schedule.value, step, steps=stage.steps, warmup=stage.warmup_steps, start=lr_start, end=lr_end
@@ -237,6 +242,8 @@ class _Run:
                     num_tokens = int(self.ranks.sums(num_tokens)[0])
                 self._advance(batch, num_tokens)
                 self._guard(result)
+                if stage.until_loss is not None:
+                    self._watch(float(result.losses.next_token))
                 self._log(stage, batch, result, rate, num_tokens, begun - waited, time.perf_counter() - begun)
                 if interrupted() if self.ranks is None else self.ranks.any(interrupted()):
                     folder = self._save_checkpoint()
@@ -265,6 +272,18 @@ class _Run:
             cursor=batch.cursor,
         )
 
+    def _watch(self, loss: float) -> None:
+        mean = self.progress.recent_loss
+        if math.isfinite(loss):
+            self.progress = replace(
+                self.progress, recent_loss=loss if mean is None else mean + (loss - mean) / RECENT_STEPS
+            )
+
+    def _is_done(self, stage: StageRecipe) -> bool:
+        steps, mean = self.progress.step_in_stage, self.progress.recent_loss
+        is_found = stage.until_loss is not None and mean is not None and mean < stage.until_loss
+        return steps >= stage.steps or (is_found and steps >= RECENT_STEPS)
+
     def _guard(self, result: StepResult) -> None:
         self.skipped = 0 if result.applied else self.skipped + 1
         if self.skipped >= MAX_SKIPPED_STEPS:
@@ -286,7 +305,7 @@ class _Run:
     ) -> None:
         self.reporter.step(self.progress.step, num_tokens, seconds + waited)
         every = self.recipe.log.every_steps
-        if self.progress.step % every and self.progress.step_in_stage not in (1, stage.steps):
+        if self.progress.step % every and self.progress.step_in_stage != 1 and not self._is_done(stage):
             return
         watch = time.perf_counter()
         zeros = monitors.num_zeros(self.model, self.optimizer.zero_counts, self.ranks)

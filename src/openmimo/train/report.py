@@ -48,6 +48,12 @@ class Reporter:
             self._task = self._bar.add_task("train", total=total_steps, completed=done, stage="", loss="-", rate="-")
             self._bar.start()
 
+    def leave_out(self, num_steps: int) -> None:
+        """So many steps will not be taken."""
+        self._total -= num_steps
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total)
+
     def step(self, step: int, num_tokens: int, seconds: float) -> None:
         """Count one finished step."""
         self._step = step

@@ -35,13 +35,17 @@ _PARAMETER_STATE = re.compile(r"(?:master|adamw\.exp_avg|adamw\.exp_avg_sq)\.(.+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: finished steps in all and in the current stage, targets seen, the data cursor."""
+    """Where a run stands: finished steps in all and in the current stage, targets seen, the data cursor.
+
+    `recent_loss` is the moving average of a stage that ends by it.
+    """
 
     step: int = 0
     stage: int = 0
     step_in_stage: int = 0
     tokens: int = 0
     cursor: Mapping[str, Any] | None = None
+    recent_loss: float | None = None
 
 
 def save_progress(
@@ -62,6 +66,7 @@ def save_progress(
         "step_in_stage": progress.step_in_stage,
         "tokens": progress.tokens,
         "cursor": None if progress.cursor is None else dict(progress.cursor),
+        "recent_loss": progress.recent_loss,
         "num_mtp_heads": model.config.num_mtp_heads,
         "recipe": fingerprint,
     }
@@ -122,13 +127,14 @@ def load_progress(run_dir: Path, fingerprint: str, ranks: Ranks | None = None) -
         folder, meta = _newest(run_dir, fingerprint, "cursor")
     else:
         folder, meta = ranks.by_first(lambda: _newest(run_dir, fingerprint, "cursor"))
-    cursor = meta["cursor"]
+    cursor, recent_loss = meta["cursor"], meta.get("recent_loss")
     progress = Progress(
         step=_int(meta, "step"),
         stage=_int(meta, "stage"),
         step_in_stage=_int(meta, "step_in_stage"),
         tokens=_int(meta, "tokens"),
         cursor=cursor if isinstance(cursor, dict) else None,
+        recent_loss=recent_loss if isinstance(recent_loss, float) else None,
     )
     return progress, folder, _int(meta, "num_mtp_heads")
 

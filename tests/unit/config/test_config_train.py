@@ -110,6 +110,8 @@ def test_all_global_leaves_nothing_sliding_but_the_heads(tmp_path: Path) -> None
         ("stages.1.name=pretrain", "its own name"),
         ("stages.0.steps=5", "warmup_steps=10 exceeds"),
         ("stages.1.lr_end=1e-6", "no effect"),
+        ("stages.0.until_loss=0.5", "set schedule to 'constant'"),
+        ("stages.1.until_loss=0", "above 0"),
         ("stages.0.mtp_heads=-1", "0 or more"),
         ("optimizer.betas=[0.9, 1.0]", "below 1"),
         ("optimizer.peak_lr=0", "above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ from openmimo.config.recipe import load_recipe
 from openmimo.config.train import TrainRecipe
 from openmimo.errors import CheckpointError, TrainingError
 from openmimo.train import loop
+from openmimo.train.interrupt import TrainingInterruptedError
 from openmimo.train.run_folder import forget_later_metrics, make_folder
 
 RECIPE = """
@@ -121,6 +123,41 @@ def test_a_finished_run_resumed_keeps_its_last_rotary_base(recipe_path: Path, tm
     shutil.rmtree(out / "model")
     loop.train(recipe, out, resume=True)
     assert trained_theta(out) == 6e5
+
+
+def test_a_stage_ends_once_its_recent_loss_is_low(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an average that a resumed run forgets, the last stage's in the next, and a stage that ends too early."""
+    monkeypatch.setattr(loop, "RECENT_STEPS", 4)
+    last = ["stages.1.steps=3", 'stages.0.schedule="constant"']
+    loop.train(load_recipe(recipe_path, last, TrainRecipe), tmp_path / "whole")
+    losses = [row["loss"] for row in rows_of(tmp_path / "whole") if row["stage"] == "pretrain"]
+    means = losses[:1]
+    for loss in losses[1:]:
+        means.append(means[-1] + (loss - means[-1]) / 4)
+    # Reached for the first time by the eighth step: two checkpoints behind the beginning.
+    assert min(means[:7]) > means[7]
+    recipe = load_recipe(recipe_path, [*last, f"stages.0.until_loss={means[7] + 1e-9}"], TrainRecipe)
+    out = tmp_path / "run"
+    for stop in (5, 8):  # the second time it is saved right where the stage is done
+        stopping = contextlib.nullcontext(lambda: rows_of(out)[-1]["step"] == stop)  # noqa: B023
+        monkeypatch.setattr(loop, "interrupt_flag", lambda: stopping)  # noqa: B023
+        with pytest.raises(TrainingInterruptedError, match=f"stopped at step {stop}"):
+            loop.train(recipe, out, resume=stop > 5)
+    monkeypatch.setattr(loop, "interrupt_flag", lambda: contextlib.nullcontext(lambda: False))
+    loop.train(recipe, out, resume=True)
+    rows = rows_of(out)
+    assert [row["stage"] for row in rows] == ["pretrain"] * 8 + ["sft"] * 3
+    assert [row["loss"] for row in rows[:8]] == losses[:8]
+    # Any loss is low enough, and still it takes as many steps as the average is made of.
+    recipe = load_recipe(recipe_path, [*last, "stages.0.until_loss=100.0"], TrainRecipe)
+    loop.train(recipe, tmp_path / "short")
+    assert [row["stage"] for row in rows_of(tmp_path / "short")] == ["pretrain"] * 4 + ["sft"] * 3
+
+
+def rows_of(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _has_reached(run_dir: Path, step: int) -> bool:
