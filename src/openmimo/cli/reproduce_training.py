@@ -20,7 +20,7 @@ SeedsOption = Annotated[str, typer.Option(help="Seeds of the students, comma-sep
 NumOption = Annotated[int, typer.Option(min=1, help="Held-out problems per domain.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Recipe overrides: base.KEY=, teacher.KEY= or student.KEY=")
+    list[str] | None, typer.Argument(help="Recipe overrides: base.KEY=, teacher.KEY=, student.KEY= or long.KEY=")
 ]
 RUNS = Path("runs/story")
 
@@ -150,18 +150,19 @@ def attention_command(
     num: NumOption = 200,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of what is timed.")] = 5,
     jobs: Annotated[int, typer.Option(min=0, help="Runs at the same time; 0: two without a GPU, else one.")] = 0,
-    whole: Annotated[bool, typer.Option("--whole", help="All steps of the recipe, which take two hours.")] = False,
     plot: PlotOption = True,
 ) -> None:
-    """Tables 2 and 3: global layers only beside sliding windows, without and with a sink. An hour on two cores."""
+    """Tables 2 and 3: global layers only beside sliding windows, without and with a sink. An hour on two cores.
+
+    The stages have fewer steps than in the recipe; overrides such as `long.stages.2.steps=1000` change that.
+    """
     import torch
 
     from openmimo.cli.machine import usable_cores
     from openmimo.reproduce import attention
 
-    shorter = () if whole else attention.HOURLY
     report = attention.measure_attention(
-        _story(out, [*shorter, *(overrides or ())], plot),
+        _story(out, [*attention.HOURLY, *(overrides or ())], plot),
         arms=attention.arms_of(parse_numbers("--windows", windows), wide),
         seeds=parse_numbers("--seeds", seeds),
         num_problems=num,
