@@ -293,6 +293,24 @@ def ablation_rows() -> Rows:
     return rows
 
 
+def retrieval_rows() -> Rows:
+    """Needles found after the extension, by length; of several seeds the worst."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("retrieval-*.json"))]
+    rows: Rows = []
+    for task in dict.fromkeys(cell["task"] for run in runs for cell in run["retrieval"]):
+        shares: dict[float, list[float]] = {}
+        for run in runs:
+            for cell in run["retrieval"]:
+                if cell["task"] == task:
+                    shares.setdefault(round(cell["num_tokens"] / run["native_length"], 1), []).append(cell["accuracy"])
+        figure = ", ".join(f"{min(found):.1%} at {times}x" for times, found in shares.items())
+        num_problems = runs[0]["retrieval"][0]["num_problems"]
+        label = f"long context: `{task}` at times the native length, worst of {len(runs)} seeds, {num_problems} each"
+        commands = "`openmimo train pretrain recipes/long-context.toml`, `openmimo eval retrieval`"
+        rows.append((label, commands, figure))
+    return rows
+
+
 def ranks_rows() -> Rows:
     """Training on several processes beside one."""
     found = read("ranks")
@@ -392,6 +410,7 @@ def main() -> None:
         ("grpo_step*", grpo_rows),
         ("r3", r3_rows),
         ("ablation", ablation_rows),
+        ("retrieval-*", retrieval_rows),
         ("ranks", ranks_rows),
         ("plan", plan_rows),
     ):

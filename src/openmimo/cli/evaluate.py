@@ -104,7 +104,7 @@ def eval_command(
 
 
 def _show_retrieval(cells: list[RetrievalCell], native_length: int, plot: Path | None) -> None:
-    from openmimo.evals.measuring import print_table
+    from openmimo.evals.measuring import describe_machine, print_table
     from openmimo.evals.retrieval import retrieval_rows
 
     print_table(*retrieval_rows(cells, native_length))
@@ -112,7 +112,8 @@ def _show_retrieval(cells: list[RetrievalCell], native_length: int, plot: Path |
         from openmimo.reproduce.plots import plot_retrieval
 
         plot_retrieval(cells, plot, native_length)
-    typer.echo(json.dumps({"retrieval": [asdict(cell) for cell in cells], "native_length": native_length}))
+    figures = {"retrieval": [asdict(cell) for cell in cells], "native_length": native_length}
+    typer.echo(json.dumps({**figures, "machine": asdict(describe_machine())}))
 
 
 def reports_table(reports: Mapping[str, DomainReport]) -> Table:

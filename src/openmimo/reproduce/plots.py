@@ -183,10 +183,11 @@ def plot_retrieval(cells: Sequence[RetrievalCell], path: Path, native_tokens: in
     """A heat map: tasks down, lengths across."""
     names, levels, shares = retrieval_grid(cells)
     drawing, axes = _new_figure()
-    axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.grid(visible=False)
+    axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for row, line in enumerate(shares):
         for column, share in enumerate(line):
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center")
+            axes.text(column, row, f"{share:.1%}", ha="center", va="center", color="black" if share > 0.6 else "white")
     lengths = prompt_lengths(cells)
     times = [f"\n{length / native_tokens:.1f}x" if native_tokens else "" for length in lengths]
     axes.set_xticks(range(len(levels)), [f"{n:,.0f}{x}" for n, x in zip(lengths, times, strict=True)])
