@@ -4,8 +4,9 @@
 
 Each measurement has a process of its own. Bytes are what its memory grew by since before the model was opened (for
 training: to the peak, since before it was made); files of weights that are mapped count whole, read or not. Time is the
-median of decoding steps at batch 1 behind a prompt; the plan's comes from the speed of this machine's memory, products
-and layers, measured in the same minute. Prints a table, then one JSON line.
+median of decoding steps at batch 1 behind a prompt; the plan's comes from this machine's products and layers and from
+the speed of its caches and memory, which is measured again in turns with the steps, because it changes by half within
+seconds. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from common import describe_machine, print_result, print_table, resident_peak
 from openmimo.config.model import preset
 from openmimo.evals.bench_models import prepare_models
 from openmimo.evals.bench_target import TargetSpec, open_target
-from openmimo.evals.this_machine import measure_here
+from openmimo.evals.this_machine import measure_here, read_rates
 from openmimo.model import build_model
 from openmimo.planning.devices import Fleet
 from openmimo.planning.serving import Replica
@@ -41,6 +44,7 @@ from openmimo.train.step import StepSettings, train_step
 
 SERVED, TRAINED = "served", "trained"
 STEPS, ROUNDS = 32, 7
+REST = 0.05  # seconds behind a reading, whose threads look for more work for a while
 
 
 def serve(name: str, folder: Path, smallest: Path, context: int, threads: int) -> dict[str, float]:
@@ -51,15 +55,22 @@ def serve(name: str, folder: Path, smallest: Path, context: int, threads: int) -
     target = open_target(TargetSpec(kind="openmimo", path=folder, weights="bf16", threads=threads))
     ids = random.Random(0).choices(range(preset(name).vocab_size), k=context + STEPS)
     target.start([ids[:context]], room=(ROUNDS + 1) * STEPS)
-    seconds = [target.decode([[token] for token in ids[:STEPS]]) / STEPS for _ in range(ROUNDS + 1)]
-    held = held_now()
+    room, seconds, planned = context + (ROUNDS + 1) * STEPS, list[float](), list[float]()
+    held = 0
+    for _ in range(ROUNDS + 1):
+        seconds.append(target.decode([[token] for token in ids[:STEPS]]) / STEPS)
+        held = held_now()
+        reads = read_rates(rounds=2, min_seconds=0.01)
+        device = replace(device, bandwidth=reads[-1][1], reads=reads)
+        replica = Replica(preset(name), Fleet(device=device, count=1))
+        planned.append(replica.decode_step(1, context + room // 2 - context // 2).seconds)
+        time.sleep(REST)
     replica = Replica(preset(name), Fleet(device=device, count=1))
-    room = context + (ROUNDS + 1) * STEPS
     return {
         "bytes": held - before,
         "planned_bytes": replica.weight_bytes() + replica.sequence_bytes(room) + replica.step_bytes(),
         "seconds": statistics.median(seconds[1:]),
-        "planned_seconds": replica.decode_step(1, context + room // 2 - context // 2).seconds,
+        "planned_seconds": statistics.median(planned[1:]),
     }
 
 

@@ -27,8 +27,7 @@ STEPS, ROUNDS = 64, 5
 def measure_here(memory: float, threads: int) -> Device:
     """Cost: a few seconds. Without the C++ runtime layers cost nothing beside bytes and products."""
     torch.set_num_threads(threads)
-    sizes = [1 << power for power in range(FEWEST_READ_BYTES.bit_length() - 1, MOST_READ_BYTES.bit_length())]
-    reads = tuple((float(size), read_bandwidth(size)) for size in sizes)
+    reads = read_rates()
     device = Device(
         name=HERE,
         memory=memory,
@@ -40,6 +39,12 @@ def measure_here(memory: float, threads: int) -> Device:
         reads=reads,
     )
     return replace(device, layer_seconds=_layer_seconds(device, threads))
+
+
+def read_rates(*, rounds: int = 5, min_seconds: float = 0.02) -> tuple[tuple[float, float], ...]:
+    """Bytes read over and over, and bytes per second, from what fits in a small cache to what fits in none."""
+    sizes = [1 << power for power in range(FEWEST_READ_BYTES.bit_length() - 1, MOST_READ_BYTES.bit_length())]
+    return tuple((float(size), read_bandwidth(size, rounds=rounds, min_seconds=min_seconds)) for size in sizes)
 
 
 def _layer_seconds(device: Device, threads: int) -> float:
