@@ -30,7 +30,7 @@ def demo_command(
         bool, typer.Option("--resume", help="Keep what is finished, go on with what was stopped.")
     ] = False,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Recipe overrides: base.KEY=, teacher.KEY=, student.KEY= or long.KEY=")
+        list[str] | None, typer.Argument(help="Recipe overrides: base.KEY=, teacher.KEY= or student.KEY=")
     ] = None,
 ) -> None:
     """Pre-train, fine-tune, make three teachers by reinforcement learning, and one student from them."""

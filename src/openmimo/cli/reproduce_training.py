@@ -152,7 +152,7 @@ def attention_command(
     jobs: Annotated[int, typer.Option(min=0, help="Runs at the same time; 0: two without a GPU, else one.")] = 0,
     plot: PlotOption = True,
 ) -> None:
-    """Tables 2 and 3: global layers only beside sliding windows, without and with a sink. An hour on two cores.
+    """Tables 2 and 3: global layers only beside sliding windows, without and with a sink.
 
     The stages have fewer steps than in the recipe; overrides such as `long.stages.2.steps=1000` change that.
     """

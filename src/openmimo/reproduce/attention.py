@@ -2,9 +2,8 @@
 
 Every arm is the same recipe (`recipes/long-context.toml`: a native length, then twelve times as much with another
 rotary base), the same data and the same number of tokens; only the layers' attention differs. So no stage ends by its
-loss here. The report's window of
-128 is a 250th of its native 32k tokens. Of a few hundred tokens that would be one word, so windows here are a larger
-share.
+loss here. The report's window of 128 is a 250th of its native 32k tokens. Of a few hundred tokens that would be one
+word, so windows here are a larger share.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ LEVELS = (3, 4, 5, 6)
 HELD_OUT_ROWS = 16
 DECODED = 64  # steps of a timed pass
 LONG_TOKENS = 262_144
-# Twelve runs in an hour on two cores: fewer steps of the recipe, and heads where they help to find out only.
+# Overrides of the recipe, to fit twelve runs into an hour on two cores: fewer steps, and heads only where they help.
 HOURLY = (
     *(f"long.stages.{stage}.steps={steps}" for stage, steps in enumerate((800, 450, 550, 120))),
     *(f"long.stages.{stage}.mtp_heads=0" for stage in (1, 2, 3)),

@@ -219,10 +219,10 @@ class EngineWorker:
             if ticket.error is not None:
                 continue
             if event.completion is not None:
-                ticket.completions.append(event.completion)
                 if event.completion.finish_reason == "error":
                     self._end(ticket, ApiError(500, NOT_FINITE, code="not_finite"))
                     continue
+                ticket.completions.append(event.completion)
             if ticket.wants_steps:
                 ticket.events.append(event)
                 ticket.num_unread += len(event.token_ids)

@@ -15,10 +15,7 @@ from openmimo.model import MiMoModel
 from openmimo.rl import trajectory
 
 BAD = 300
-RUNNERS = [
-    "torch",
-    pytest.param("native", marks=pytest.mark.filterwarnings("ignore::UserWarning")),
-]
+RUNNERS = ["torch", "native"]
 
 
 def broken_model() -> MiMoModel:

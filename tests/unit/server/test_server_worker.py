@@ -132,6 +132,9 @@ def test_logits_that_are_no_numbers_end_their_own_request(tokenizer: Tokenizer) 
         assert "not_finite" in lines[-2] + lines[-3]
         server.wait_until_idle()
         assert server.get("/health").status_code == 200
+        metrics = server.get("/metrics").text
+        assert 'finished_reason="error"' not in metrics  # they are no success
+        assert 'reason="not_finite"} 3.0' in metrics
 
 
 def test_a_reader_that_sleeps_is_given_up(tokenizer: Tokenizer) -> None:
