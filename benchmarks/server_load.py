@@ -53,6 +53,11 @@ class Ledger:
     texts: list[str] = field(default_factory=list[str])
     free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list[Any])
 
+    def hang_up(self) -> None:
+        """Close the connections, before the server does for want of requests."""
+        while self.free:
+            self.free.pop()[1].close()
+
     def rate(self, begin: float, end: float) -> float:
         """Tokens per second of the answers that were complete between two times."""
         return sum(tokens for at, tokens in self.done if begin <= at < end) / (end - begin)
@@ -216,6 +221,7 @@ async def crowd_without_places(port: int, seconds: float, rate: float, chance: r
         await asyncio.sleep(max(0.001, number / rate - (time.perf_counter() - began)))
     found = ledger.rate(began + seconds / 4, began + seconds)
     await asyncio.gather(*tasks)
+    ledger.hang_up()
     return found
 
 

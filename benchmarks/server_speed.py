@@ -4,7 +4,9 @@
     python benchmarks/server_speed.py --models runs/demo --clients 8
 
 Both servers run at once with both cores each and are asked in turns (A B A B), so that drift of the machine meets both;
-the one that is not asked sleeps. Clients send one request after the other, stream the answer, and read all of it.
+the one that is not asked sleeps. A turn is four requests, or two for each client; turns go on until each server had 48
+requests, three at least, and the ratio is the median of the turns'. Clients send one request after the other, stream
+the answer, and read all of it.
 Prompts are token ids, another one for each request, so that no server can use what it has computed before. llama-server
 is built from llama-cpp-python's source package on this machine (about ten minutes, once) unless `--llama-server` names
 one. It gets as many slots as there are clients, and flash attention; ours runs as it comes.
@@ -154,7 +156,8 @@ def compare(name: str, clients: int, options: argparse.Namespace, program: Path,
     if not gguf.is_file():
         convert_to_gguf(folder, gguf, dtype="bfloat16")
     vocabulary = 256  # ids that every tokenizer here has as text
-    requests = max(options.requests, 2 * clients)
+    requests = max(4, 2 * clients)
+    rounds = max(3, options.requests // requests)
     ports = {"openmimo": options.port, "llama-server": options.port + 1}
     # Its cache of earlier prompts is off, as ours finds nothing to reuse.
     extra: dict[str, dict[str, Any]] = {"openmimo": {}, "llama-server": {"cache_prompt": False}}
@@ -162,7 +165,7 @@ def compare(name: str, clients: int, options: argparse.Namespace, program: Path,
     with ExitStack() as stack:
         stack.enter_context(running_server(folder, ports["openmimo"], quiet=True))
         stack.enter_context(running_llama(program, gguf, ports["llama-server"], clients, work / "llama-server.log"))
-        for round_ in range(options.rounds + 1):
+        for round_ in range(rounds + 1):
             for arm, port in ports.items():
                 share = max(clients, 2) if round_ == 0 else requests
                 found = asyncio.run(measure(port, clients, share, vocabulary, 100 * round_, extra[arm]))
@@ -175,7 +178,7 @@ def compare(name: str, clients: int, options: argparse.Namespace, program: Path,
         "clients": clients,
         "tokens_per_s": rates["openmimo"],
         "llama_tokens_per_s": rates["llama-server"],
-        "ratio": rates["openmimo"] / rates["llama-server"],
+        "ratio": statistics.median(a.rate / b.rate for a, b in zip(*runs.values(), strict=True)),
         "first_token_s": firsts["openmimo"],
         "llama_first_token_s": firsts["llama-server"],
         "first_token_ratio": firsts["llama-server"] / firsts["openmimo"],
@@ -187,8 +190,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="tiny,small", help="presets, checkpoint or run folders")
     parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--requests", type=int, default=16, help="in a round; at least two for each client")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--requests", type=int, default=48, help="of each server, model and number of clients, at least"
+    )
     parser.add_argument("--llama-server", type=Path)
     parser.add_argument("--work-dir", type=Path, help="keeps conversions and the built llama-server")
     parser.add_argument("--port", type=int, default=8770)

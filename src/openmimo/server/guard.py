@@ -125,7 +125,8 @@ class _LimitedBody:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
+            async with asyncio.timeout(max(0.0, self._end - time.monotonic())):
+                message = await self._receive()
         except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {self._options.body_seconds:.0f} s") from error
         if message["type"] == "http.request":

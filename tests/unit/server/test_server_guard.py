@@ -150,6 +150,55 @@ def test_a_connection_without_a_request_is_closed(live: LiveServer, monkeypatch:
             assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 900
 
 
+HEALTH, HOST = b"GET /health HTTP/1.1\r\n", b"Host: localhost\r\n"
+ODD_HEADS = {
+    "a name that goes on": (HEALTH + b"a" * run.MOST_HEAD_BYTES, b"431"),
+    "a value that goes on": (HEALTH + HOST + b"x-a: " + b"a" * run.MOST_HEAD_BYTES, b"431"),
+    "lines that go on": (HEALTH + HOST + b"x-a: 1\r\n" * (run.MOST_HEAD_BYTES // 8), b"431"),
+    "a long address": (b"GET /" + b"a" * run.MOST_HEAD_BYTES, b"431"),
+    "large at once": (HEALTH + HOST + b"x-a: " + b"a" * run.MOST_HEAD_BYTES + b"\r\n\r\n", b"400"),
+    "no host": (HEALTH + b"\r\n", b"400"),
+    "two hosts": (HEALTH + HOST + b"Host: example.org\r\n\r\n", b"400"),
+    "another version": (b"GET /health HTTP/3.7\r\n" + HOST + b"\r\n", b"400"),
+    "two lengths": (HEALTH + HOST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\n", b"400"),
+    "a length and chunks": (HEALTH + HOST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", b"400"),
+    "a space in a name": (HEALTH + HOST + b"x a: 1\r\n\r\n", b"400"),
+    "a proxy's method": (b"CONNECT localhost:80 HTTP/1.1\r\n" + HOST + b"\r\n", b"400"),
+    "an old version": (b"GET /health HTTP/1.0\r\n\r\n", b"200"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_HEADS)
+def test_odd_heads_are_answered_and_closed(live: LiveServer, name: str) -> None:
+    """Catches heads that take memory without end, and those that a proxy before the server would read differently."""
+    content, status = ODD_HEADS[name]
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(content)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_wish_for_another_protocol_is_passed_over(live: LiveServer) -> None:
+    """Catches bodies that are lost where a client, as Java's does, asks for HTTP/2 beside its request."""
+    wishes = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    body = json.dumps({"prompt": "the", "max_tokens": 3, "ignore_eos": True}).encode()
+    with httpx.Client(base_url=live.url, timeout=20) as client:
+        for content in (body, iter([body[:9], body[9:]]), body):  # the second in chunks
+            answer = client.post("/v1/completions", content=content, headers=wishes)
+            assert answer.json()["usage"]["completion_tokens"] == 3
+        assert client.get("/health", headers=wishes).json() == {"status": "ok"}
+
+
+def test_an_answer_is_written_at_once(live: LiveServer) -> None:
+    """Catches a head that is sent before its body, which wakes clients twice."""
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(HEALTH + HOST + b"\r\n")
+            assert connection.recv(1 << 16).endswith(b"}")
+
+
 def test_a_log_that_nobody_reads_holds_up_nothing() -> None:
     """Catches a server that stops because standard error is a full pipe, as under a supervisor that hangs."""
     reading, writing = os.pipe()
