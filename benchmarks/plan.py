@@ -57,10 +57,11 @@ def serve(name: str, folder: Path, smallest: Path, context: int, threads: int) -
     target.start([ids[:context]], room=(ROUNDS + 1) * STEPS)
     room, seconds, planned = context + (ROUNDS + 1) * STEPS, list[float](), list[float]()
     held = 0
-    for _ in range(ROUNDS + 1):
+    for turn in range(ROUNDS + 1):
         seconds.append(target.decode([[token] for token in ids[:STEPS]]) / STEPS)
-        held = held_now()
-        reads = read_rates(rounds=2, min_seconds=0.01)
+        if turn == ROUNDS:
+            held = held_now()
+        reads = read_rates(rounds=3, min_seconds=0.01)
         device = replace(device, bandwidth=reads[-1][1], reads=reads)
         replica = Replica(preset(name), Fleet(device=device, count=1))
         planned.append(replica.decode_step(1, context + room // 2 - context // 2).seconds)

@@ -70,10 +70,17 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def read_bandwidth(num_bytes: int, *, rounds: int = 5, min_seconds: float = 0.02) -> float:
-    """Bytes per second of the fastest reading of `num_bytes` over and over: what caches of that reach allow.
+def read_bandwidth(
+    num_bytes: int,
+    *,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    of_rounds: Callable[[Sequence[float]], float] = min,
+) -> float:
+    """Bytes per second of reading `num_bytes` over and over: what caches of that reach allow.
 
-    Two readers, a sum and a matrix-vector product, because a library may be slow at either.
+    Of a reader's rounds the fastest counts, or what `of_rounds` makes of their seconds. Two readers, a sum and a
+    matrix-vector product, because a library may be slow at either.
     """
     columns = 1024
     x_NC = torch.ones(max(1, num_bytes // (4 * columns)), columns)
@@ -81,7 +88,7 @@ def read_bandwidth(num_bytes: int, *, rounds: int = 5, min_seconds: float = 0.02
     best = 0.0
     for read in (x_NC.sum, lambda: torch.mv(x_NC, ones_C)):
         repeats = max(1, round(min_seconds / max(timed(read), 1e-7)))
-        seconds = min(timed(lambda: [read() for _ in range(repeats)]) for _ in range(rounds))  # noqa: B023
+        seconds = of_rounds([timed(lambda: [read() for _ in range(repeats)]) for _ in range(rounds)])  # noqa: B023
         best = max(best, repeats * x_NC.nbytes / seconds)
     return best
 

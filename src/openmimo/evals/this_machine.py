@@ -42,9 +42,14 @@ def measure_here(memory: float, threads: int) -> Device:
 
 
 def read_rates(*, rounds: int = 5, min_seconds: float = 0.02) -> tuple[tuple[float, float], ...]:
-    """Bytes read over and over, and bytes per second, from what fits in a small cache to what fits in none."""
+    """Bytes read over and over, and bytes per second, from what fits in a small cache to what fits in none.
+
+    The median of the rounds, not the fastest: a plan says what a step will take, not what it could.
+    """
     sizes = [1 << power for power in range(FEWEST_READ_BYTES.bit_length() - 1, MOST_READ_BYTES.bit_length())]
-    return tuple((float(size), read_bandwidth(size, rounds=rounds, min_seconds=min_seconds)) for size in sizes)
+    return tuple(
+        (float(size), read_bandwidth(size, rounds=rounds, min_seconds=min_seconds, of_rounds=median)) for size in sizes
+    )
 
 
 def _layer_seconds(device: Device, threads: int) -> float:
