@@ -126,7 +126,7 @@ class ImpatientProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._head_timer: asyncio.TimerHandle | None = None
         self._in_head = True  # a connection is made to send one
-        self._num_head_bytes = 0
+        self._num_heads = self._num_head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _Gathered(transport)))
@@ -134,9 +134,11 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        heads = self._num_heads
         self._feed(data)
-        # What is not a whole line yet is still with the parser.
-        self._num_head_bytes += len(data) if self._in_head else 0
+        # A head that is not whole yet is with the parser. Where another ended in `data`, most of that is its body.
+        if self._in_head and heads == self._num_heads:
+            self._num_head_bytes += len(data)
         if self._num_head_bytes > MOST_HEAD_BYTES:
             self._give_up(b"431 Request Header Fields Too Large")
         self._watch()
@@ -153,6 +155,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Raises: ValueError, which the parser makes an answer of status 400."""
         self._in_head, self._num_head_bytes = False, 0
+        self._num_heads += 1
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MOST_HEAD_BYTES:
             raise ValueError("the head is too large")
         assert self.parser is not None

@@ -190,6 +190,20 @@ def test_a_wish_for_another_protocol_is_passed_over(live: LiveServer) -> None:
         assert client.get("/health", headers=wishes).json() == {"status": "ok"}
 
 
+def test_a_long_body_is_no_head(live: LiveServer) -> None:
+    """Catches a count of a head's bytes that takes in the body before it, where the next request comes in parts."""
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    body = b'{"text": "' + b"a" * (run.MOST_HEAD_BYTES + 1000) + b'"}'
+    post = b"POST /detokenize HTTP/1.1\r\n" + HOST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(post + HEALTH)
+        time.sleep(0.2)
+        connection.sendall(HOST + b"Connection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answer.count(b"HTTP/1.1 400") == 1
+    assert answer.endswith(b'{"status":"ok"}')
+
+
 def test_an_answer_is_written_at_once(live: LiveServer) -> None:
     """Catches a head that is sent before its body, which wakes clients twice."""
     host, _, port = live.url.removeprefix("http://").partition(":")
