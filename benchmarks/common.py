@@ -2,12 +2,12 @@
 
 from openmimo.evals.measuring import (
     Machine,
+    MemoryReader,
     describe_machine,
     in_turns,
     matmul_peak,
     print_result,
     print_table,
-    read_bandwidth,
     reported_in_turns,
     resident_peak,
     spread,
@@ -16,12 +16,12 @@ from openmimo.evals.measuring import (
 
 __all__ = [
     "Machine",
+    "MemoryReader",
     "describe_machine",
     "in_turns",
     "matmul_peak",
     "print_result",
     "print_table",
-    "read_bandwidth",
     "reported_in_turns",
     "resident_peak",
     "spread",

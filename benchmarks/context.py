@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from common import describe_machine, print_result, print_table, read_bandwidth
+from common import MemoryReader, describe_machine, print_result, print_table
 from openmimo.config.cost import kv_cache_bytes
 from openmimo.config.model import preset
 from openmimo.engine import Engine, SamplingParams
@@ -40,7 +40,7 @@ def num_decoded(length: int) -> int:
     return 1 + BOUT * min(MOST_BOUTS, max(FEWEST_BOUTS, length // 1024))
 
 
-def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, Any]:
+def measure(engine: Engine, prompt: list[int], read_bytes: int, reader: MemoryReader) -> dict[str, Any]:
     """Seconds and bytes of one prompt and of decoding behind it, and the speed of memory meanwhile, bout by bout."""
     request = engine.add_request(prompt, SamplingParams(max_tokens=num_decoded(len(prompt)), ignore_eos=True))
     started, steps, bouts, reads, used = time.perf_counter(), list[float](), list[float](), list[float](), 0
@@ -57,7 +57,7 @@ def measure(engine: Engine, prompt: list[int], read_bytes: int) -> dict[str, Any
             steps.append(ended - began)
             if len(steps) % BOUT == 0:
                 bouts.append(statistics.median(steps[-BOUT:]))
-                reads.append(read_bandwidth(read_bytes, rounds=1, min_seconds=0.005))
+                reads.append(reader.bandwidth(read_bytes, rounds=1, min_seconds=0.005))
                 time.sleep(REST)
         if any(event.completion is not None for event in events):
             break
@@ -94,13 +94,14 @@ def main() -> None:
     )
     text = random.Random(0).choices(range(config.vocab_size), k=longest)
     rows: list[dict[str, Any]] = []
+    reader = MemoryReader(MOST_READ_BYTES)
     length = options.shortest
     while True:
         length = min(length, longest)
         pages = -(-(length + num_decoded(length) - 1) // PAGE_TOKENS) * PAGE_TOKENS
         formula = kv_cache_bytes(config, pages, draft_slots=config.num_mtp_heads, mtp_heads=config.num_mtp_heads)
         read_bytes = min(MOST_READ_BYTES, max(1 << 24, formula.global_layers))
-        row = {"tokens": length, **measure(engine, text[:length], read_bytes), "formula_bytes": formula.total}
+        row = {"tokens": length, **measure(engine, text[:length], read_bytes, reader), "formula_bytes": formula.total}
         row["global_bytes"] = formula.global_layers
         row["sliding_bytes"] = row["used_bytes"] - formula.global_layers
         rows.append(row)

@@ -5,8 +5,8 @@
 Each measurement has a process of its own. Bytes are what its memory grew by since before the model was opened (for
 training: to the peak, since before it was made); files of weights that are mapped count whole, read or not. Time is the
 median of decoding steps at batch 1 behind a prompt; the plan's comes from this machine's products and layers and from
-the speed of its caches and memory, which is measured again in turns with the steps, because it changes by half within
-seconds. Prints a table, then one JSON line.
+the speed of its caches and memory, which is measured again in turns of a fraction of a second with the steps, because
+it changes by half within seconds. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
-from common import describe_machine, print_result, print_table, resident_peak
+from common import MemoryReader, describe_machine, print_result, print_table, resident_peak
 from openmimo.config.model import preset
+from openmimo.evals.bench_limits import MOST_READ_BYTES
 from openmimo.evals.bench_models import prepare_models
 from openmimo.evals.bench_target import TargetSpec, open_target
 from openmimo.evals.this_machine import measure_here, read_rates
@@ -43,35 +44,43 @@ from openmimo.train.optimizer import MasterAdamW
 from openmimo.train.step import StepSettings, train_step
 
 SERVED, TRAINED = "served", "trained"
-STEPS, ROUNDS = 32, 7
+TURNS = 15
+TURN_SECONDS = 0.2  # of steps, about; before them a quarter as many that are not timed
+FEWEST_STEPS, MOST_STEPS = 4, 64
 REST = 0.05  # seconds behind a reading, whose threads look for more work for a while
 
 
 def serve(name: str, folder: Path, smallest: Path, context: int, threads: int) -> dict[str, float]:
     """Bytes of an opened model with one sequence's cache, and seconds of a step; the plan's for both."""
     device = measure_here(1e12, threads)
+    reader = MemoryReader(MOST_READ_BYTES)
+    guess = Replica(preset(name), Fleet(device=device, count=1)).decode_step(1, context).seconds
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, round(TURN_SECONDS / guess)))
+    warm = steps // 4
+    room = context + TURNS * (warm + steps)
     open_target(TargetSpec(kind="openmimo", path=smallest, weights="bf16", threads=threads)).close()  # loads libraries
     before = held_now()
     target = open_target(TargetSpec(kind="openmimo", path=folder, weights="bf16", threads=threads))
-    ids = random.Random(0).choices(range(preset(name).vocab_size), k=context + STEPS)
-    target.start([ids[:context]], room=(ROUNDS + 1) * STEPS)
-    room, seconds, planned = context + (ROUNDS + 1) * STEPS, list[float](), list[float]()
-    held = 0
-    for turn in range(ROUNDS + 1):
-        seconds.append(target.decode([[token] for token in ids[:STEPS]]) / STEPS)
-        if turn == ROUNDS:
+    ids = random.Random(0).choices(range(preset(name).vocab_size), k=room)
+    target.start([ids[:context]], room=room - context)
+    seconds, planned, held = list[float](), list[float](), 0
+    for turn in range(TURNS):
+        tokens = [[token] for token in ids[context + turn * (warm + steps) :][: warm + steps]]
+        target.decode(tokens[:warm])
+        seconds.append(target.decode(tokens[warm:]) / steps)
+        if turn == TURNS - 1:
             held = held_now()
-        reads = read_rates(rounds=3, min_seconds=0.01)
+        reads = read_rates(reader, rounds=1, min_seconds=0.01)
         device = replace(device, bandwidth=reads[-1][1], reads=reads)
         replica = Replica(preset(name), Fleet(device=device, count=1))
-        planned.append(replica.decode_step(1, context + room // 2 - context // 2).seconds)
+        planned.append(replica.decode_step(1, (context + room) // 2).seconds)
         time.sleep(REST)
     replica = Replica(preset(name), Fleet(device=device, count=1))
     return {
         "bytes": held - before,
         "planned_bytes": replica.weight_bytes() + replica.sequence_bytes(room) + replica.step_bytes(),
-        "seconds": statistics.median(seconds[1:]),
-        "planned_seconds": statistics.median(planned[1:]),
+        "seconds": statistics.median(seconds),
+        "planned_seconds": statistics.median(planned),
     }
 
 

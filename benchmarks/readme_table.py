@@ -142,14 +142,19 @@ def bench_rows(path: Path) -> Rows:
     for work, sides in rows_by_work(found).items():
         ours = sides.pop("openmimo")
         peers = [
-            f"{name} {side['tokens_per_s']:,.0f} ({ours['tokens_per_s'] / side['tokens_per_s']:.1f}x)"
+            f"{name} {side['tokens_per_s']:,.0f} ({paired(side['seconds'], ours['seconds']):.1f}x)"
             for name, side in sides.items()
         ]
-        share = ours["tokens_per_s"] / ours["limit_tokens_per_s"]
+        share = ours.get("share_of_limit", ours["tokens_per_s"] / ours["limit_tokens_per_s"])
         figure = f"{ours['tokens_per_s']:,.0f} tokens/s, {100 * share:.0f}% of the limit; {', '.join(peers)}"
         command = f"`openmimo bench {verb} --model {found['model']} --against ...`"
         rows.append((f"{verb}, `{found['model']}` in {found['weights']}, {work}", command, figure))
     return rows
+
+
+def paired(seconds: list[float], others: list[float]) -> float:
+    """How many times as long as the others, round by round."""
+    return median(mine / other for mine, other in zip(seconds, others, strict=True))
 
 
 def mtp_rows(found: dict[str, Any]) -> Rows:

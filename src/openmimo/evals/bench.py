@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,8 @@ from openmimo.evals.measuring import reported_in_turns, spread
 
 # Every turn begins with work that is not timed: another engine has filled the caches, and this one's threads slept.
 WARM_STEPS, WARM_TOKENS = 8, 128
+LIMIT = "limit"
+REST = 0.05  # seconds behind a reading of memory, whose threads look for more work for a while
 
 Targets = Mapping[str, BenchTarget]
 
@@ -25,7 +28,8 @@ Targets = Mapping[str, BenchTarget]
 class BenchRow:
     """One target at one shape of work. `seconds` has every round; the rate is that of their median.
 
-    `limit_tokens_per_s` is None where the work has no simple limit. `details` holds figures of one measurement only.
+    `limit_tokens_per_s` is None where the work has no simple limit; `share_of_limit` is the median over the rounds,
+    each beside the limit of that round. `details` holds figures of one measurement only.
     """
 
     target: str
@@ -34,6 +38,7 @@ class BenchRow:
     tokens_per_s: float
     spread: float
     limit_tokens_per_s: float | None
+    share_of_limit: float | None
     seconds: tuple[float, ...]
     details: Mapping[str, float]
 
@@ -67,8 +72,8 @@ def bench_prefill(
         [prompt] = random_tokens(random.Random(seed), config.vocab_size, 1, length)
         arms = {name: _prefill_arm(target, prompt) for name, target in targets.items()}
         seconds = reported_in_turns(arms, rounds)
-        limit = limits.prefill_tokens_per_s(length)
-        rows += _rows(targets, f"prompt {length}", seconds, length, limit)
+        limit_seconds = [length / limits.prefill_tokens_per_s(length)] * rounds
+        rows += _rows(targets, f"prompt {length}", seconds, length, limit_seconds)
     return rows
 
 
@@ -83,7 +88,10 @@ def bench_decode(
     rounds: int,
     seed: int = 0,
 ) -> list[BenchRow]:
-    """Tokens per second of all sequences together; every round begins anew with prompts of `context` tokens."""
+    """Tokens per second of all sequences together; every round begins anew with prompts of `context` tokens.
+
+    The memory, and with it the limit, takes turns with the targets.
+    """
     rows: list[BenchRow] = []
     rng = random.Random(seed)
     for batch in batches:
@@ -93,10 +101,15 @@ def bench_decode(
             plan = [random_tokens(rng, config.vocab_size, steps, batch) for _ in range(rounds + 1)]
             arms = {name: _decode_arm(target, prompts, plan) for name, target in targets.items()}
             middle = context + steps - num_steps // 2
-            limits.decode_tokens_per_s(batch, middle)  # memory is measured before and after
-            seconds = reported_in_turns(arms, rounds)
-            limit = limits.decode_tokens_per_s(batch, middle)
-            rows += _rows(targets, f"batch {batch}, context {context}", seconds, batch * num_steps, limit)
+            num_tokens = batch * num_steps
+
+            def limit_arm(batch: int = batch, middle: int = middle, num_tokens: int = num_tokens) -> float:
+                seconds = num_tokens / limits.decode_tokens_per_s(batch, middle)
+                time.sleep(REST)
+                return seconds
+
+            seconds = reported_in_turns({LIMIT: limit_arm, **arms}, rounds)
+            rows += _rows(targets, f"batch {batch}, context {context}", seconds, num_tokens, seconds[LIMIT])
     return rows
 
 
@@ -193,7 +206,7 @@ def _decode_arm(
 
 
 def _rows(
-    targets: Targets, work: str, seconds: Mapping[str, Sequence[float]], num_tokens: int, limit: float
+    targets: Targets, work: str, seconds: Mapping[str, Sequence[float]], num_tokens: int, limit: Sequence[float]
 ) -> list[BenchRow]:
     return [_row(name, target.settings, work, seconds[name], num_tokens, limit, {}) for name, target in targets.items()]
 
@@ -204,16 +217,19 @@ def _row(
     work: str,
     seconds: Sequence[float],
     num_tokens: int,
-    limit: float | None,
+    limit: Sequence[float] | None,
     details: Mapping[str, float],
 ) -> BenchRow:
+    """`limit` has seconds, round by round like `seconds`."""
+    shares = None if limit is None else [least / taken for least, taken in zip(limit, seconds, strict=True)]
     return BenchRow(
         target=name,
         settings=settings,
         work=work,
         tokens_per_s=num_tokens / median(seconds),
         spread=spread(seconds),
-        limit_tokens_per_s=limit,
+        limit_tokens_per_s=None if limit is None else num_tokens / median(limit),
+        share_of_limit=None if shares is None else median(shares),
         seconds=tuple(seconds),
         details=details,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 
@@ -10,7 +11,7 @@ from openmimo.config.cost import decode_step_bytes, prefill_flops
 from openmimo.config.cost import forward_flops as step_flops
 from openmimo.config.model import ModelConfig
 from openmimo.evals.bench_target import WEIGHT_BITS, Weights
-from openmimo.evals.measuring import matmul_peak, read_bandwidth
+from openmimo.evals.measuring import MemoryReader, matmul_peak
 
 # Beyond this no cache holds it, and a larger buffer measures the same.
 MOST_READ_BYTES = 1 << 29
@@ -22,13 +23,14 @@ class Limits:
 
     The peak is that of PyTorch's bf16 (or fp32) products, which is a strong library's rate and no law of nature:
     good kernels may pass it. Bandwidth is measured on as many bytes as a step reads, so that a model that fits into a
-    cache is compared with that cache.
+    cache is compared with that cache; and anew in every call, because the memory of shared machines changes its speed
+    within seconds: callers ask in turns with what they measure.
     """
 
     config: ModelConfig
     weights: Weights
     flops_per_s: float
-    _bandwidths: dict[int, float] = field(default_factory=dict[int, float])
+    _readers: dict[int, MemoryReader] = field(default_factory=dict[int, MemoryReader])
 
     @staticmethod
     def measure(config: ModelConfig, weights: Weights) -> Limits:
@@ -53,10 +55,9 @@ class Limits:
         return batch_size / max(by_bytes, by_flops)
 
     def bandwidth(self, num_bytes: int) -> float:
-        """Bytes per second of reading a set of that size again and again; sizes are rounded to a power of two.
-
-        Measured anew in every call, the fastest of all counts: the memory of shared machines changes its speed.
-        """
+        """Bytes per second of reading a set of that size again and again; sizes are rounded down to a power of two."""
         size = min(MOST_READ_BYTES, 1 << max(16, num_bytes.bit_length() - 1))
-        self._bandwidths[size] = max(self._bandwidths.get(size, 0.0), read_bandwidth(size))
-        return self._bandwidths[size]
+        if size not in self._readers:
+            self._readers.clear()
+            self._readers[size] = MemoryReader(size)
+        return self._readers[size].bandwidth(size, rounds=3, of_rounds=median)

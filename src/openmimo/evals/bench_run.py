@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
@@ -98,8 +99,11 @@ def run_bench(plan: BenchPlan) -> list[BenchRow]:
 
 
 def print_rows(plan: BenchPlan, rows: Sequence[BenchRow]) -> None:
-    """A table with shares of the limit and ratios to this package, then one JSON line."""
-    ours = {row.work: row.tokens_per_s for row in rows if row.target == "openmimo"}
+    """A table with shares of the limit and ratios to this package, then one JSON line.
+
+    Ratios are medians over the rounds, each target beside this package in the same round.
+    """
+    ours = {row.work: row.seconds for row in rows if row.target == "openmimo"}
     table: list[list[object]] = []
     for row in rows:
         limit = row.limit_tokens_per_s
@@ -111,8 +115,8 @@ def print_rows(plan: BenchPlan, rows: Sequence[BenchRow]) -> None:
                 rate,
                 f"{100 * row.spread:.0f}%",
                 "-" if limit is None else limit,
-                "-" if limit is None else f"{100 * row.tokens_per_s / limit:.0f}%",
-                f"x{ours[row.work] / row.tokens_per_s:.2f}" if row.work in ours else "-",
+                "-" if row.share_of_limit is None else f"{100 * row.share_of_limit:.0f}%",
+                f"x{_median_ratio(row.seconds, ours[row.work]):.2f}" if row.work in ours else "-",
                 ", ".join([*filter(None, [row.settings]), *(f"{k} {v:.4g}" for k, v in row.details.items())]),
             ]
         )
@@ -125,6 +129,10 @@ def print_rows(plan: BenchPlan, rows: Sequence[BenchRow]) -> None:
         "threads": plan.threads,
     }
     print_result(f"bench {plan.work}", describe_machine(), {**about, "rows": [row.as_json() for row in rows]})
+
+
+def _median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    return median(mine / other for mine, other in zip(seconds, others, strict=True))
 
 
 def _measure(plan: BenchPlan, specs: Sequence[TargetSpec], config: ModelConfig, folder: Path) -> list[BenchRow]:

@@ -70,27 +70,37 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def read_bandwidth(
-    num_bytes: int,
-    *,
-    rounds: int = 5,
-    min_seconds: float = 0.02,
-    of_rounds: Callable[[Sequence[float]], float] = min,
-) -> float:
-    """Bytes per second of reading `num_bytes` over and over: what caches of that reach allow.
+class MemoryReader:
+    """Reads a buffer of its own over and over: what caches and memory allow, by the number of bytes.
 
-    Of a reader's rounds the fastest counts, or what `of_rounds` makes of their seconds. Two readers, a sum and a
-    matrix-vector product, because a library may be slow at either.
+    Two ways to read, a sum and a matrix-vector product, because a library may be slow at either; the faster counts.
     """
-    columns = 1024
-    x_NC = torch.ones(max(1, num_bytes // (4 * columns)), columns)
-    ones_C = torch.ones(columns)
-    best = 0.0
-    for read in (x_NC.sum, lambda: torch.mv(x_NC, ones_C)):
-        repeats = max(1, round(min_seconds / max(timed(read), 1e-7)))
-        seconds = of_rounds([timed(lambda: [read() for _ in range(repeats)]) for _ in range(rounds)])  # noqa: B023
-        best = max(best, repeats * x_NC.nbytes / seconds)
-    return best
+
+    COLUMNS = 1024
+
+    def __init__(self, most_bytes: int) -> None:
+        self._x_NC = torch.ones(max(1, most_bytes // (4 * self.COLUMNS)), self.COLUMNS)
+        self._ones_C = torch.ones(self.COLUMNS)
+
+    def bandwidth(
+        self,
+        num_bytes: int,
+        *,
+        rounds: int = 5,
+        min_seconds: float = 0.02,
+        of_rounds: Callable[[Sequence[float]], float] = min,
+    ) -> float:
+        """Bytes per second of the buffer's first `num_bytes`; of a way's rounds the fastest counts, or `of_rounds`.
+
+        A round takes `min_seconds`, or one reading if that is longer.
+        """
+        x_NC = self._x_NC[: max(1, num_bytes // (4 * self.COLUMNS))]
+        best = 0.0
+        for read in (x_NC.sum, lambda: torch.mv(x_NC, self._ones_C)):
+            repeats = max(1, round(min_seconds / max(timed(read), 1e-7)))
+            seconds = of_rounds([timed(lambda: [read() for _ in range(repeats)]) for _ in range(rounds)])  # noqa: B023
+            best = max(best, repeats * x_NC.nbytes / seconds)
+        return best
 
 
 def in_turns(arms: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from openmimo.config.model import preset
 from openmimo.engine.native_runner import NativeRunner
 from openmimo.errors import RequestError
 from openmimo.evals.bench_limits import MOST_READ_BYTES
-from openmimo.evals.measuring import matmul_peak, read_bandwidth
+from openmimo.evals.measuring import MemoryReader, matmul_peak
 from openmimo.evals.runner_target import RunnerTarget
 from openmimo.model.model import build_model
 from openmimo.planning.devices import HERE, Device
@@ -27,7 +27,7 @@ STEPS, ROUNDS = 64, 5
 def measure_here(memory: float, threads: int) -> Device:
     """Cost: a few seconds. Without the C++ runtime layers cost nothing beside bytes and products."""
     torch.set_num_threads(threads)
-    reads = read_rates()
+    reads = read_rates(MemoryReader(MOST_READ_BYTES))
     device = Device(
         name=HERE,
         memory=memory,
@@ -41,14 +41,16 @@ def measure_here(memory: float, threads: int) -> Device:
     return replace(device, layer_seconds=_layer_seconds(device, threads))
 
 
-def read_rates(*, rounds: int = 5, min_seconds: float = 0.02) -> tuple[tuple[float, float], ...]:
+def read_rates(reader: MemoryReader, *, rounds: int = 5, min_seconds: float = 0.02) -> tuple[tuple[float, float], ...]:
     """Bytes read over and over, and bytes per second, from what fits in a small cache to what fits in none.
 
-    The median of the rounds, not the fastest: a plan says what a step will take, not what it could.
+    `reader` has MOST_READ_BYTES. The median of the rounds, not the fastest: a plan says what a step will take, not what
+    it could.
     """
     sizes = [1 << power for power in range(FEWEST_READ_BYTES.bit_length() - 1, MOST_READ_BYTES.bit_length())]
     return tuple(
-        (float(size), read_bandwidth(size, rounds=rounds, min_seconds=min_seconds, of_rounds=median)) for size in sizes
+        (float(size), reader.bandwidth(size, rounds=rounds, min_seconds=min_seconds, of_rounds=median))
+        for size in sizes
     )
 
 

@@ -94,6 +94,25 @@ def test_decode_feeds_every_sequence_tokens_of_its_own(tiny_config: ModelConfig,
     assert row.tokens_per_s == 3 * 4 / 0.5
 
 
+def test_the_limit_of_memory_takes_turns_with_the_targets(
+    tiny_config: ModelConfig, limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of another time than the round's, or a peer compared with this package in another round."""
+    log: list[str] = []
+    rates = iter([0.1, 8, 4, 2])
+
+    def measured(self: Limits, batch_size: int, context_tokens: int) -> float:
+        log.append("limit")
+        return next(rates)
+
+    monkeypatch.setattr(Limits, "decode_tokens_per_s", measured)
+    a = ScriptedTarget("a", log, [9, 9, 9, 1, 9, 4, 9, 2.5])
+    (row,) = bench_decode({"a": a}, tiny_config, limits, batches=[1], contexts=[10], num_steps=4, rounds=3)
+    assert log == ["limit", "a", "a"] * 4  # each turn warms up first
+    assert row.share_of_limit == 0.5  # of 0.5, 0.25 and 0.8
+    assert (row.tokens_per_s, row.limit_tokens_per_s) == (1.6, 4)
+
+
 def test_mtp_compares_with_and_without_drafts(limits: Limits) -> None:
     """Drafts left on in the plain arm, llama.cpp asked to draft for several sequences, or a changed text unseen."""
     log: list[str] = []
@@ -114,7 +133,7 @@ def test_mtp_compares_with_and_without_drafts(limits: Limits) -> None:
 
 def test_the_limit_is_the_slower_of_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that a large batch could pass, or one that forgets the experts which several tokens touch."""
-    monkeypatch.setattr(bench_limits, "read_bandwidth", lambda num_bytes: 30e9)
+    monkeypatch.setattr(bench_limits.MemoryReader, "bandwidth", lambda *_, **__: 30e9)
     small = preset("small")
     fast = Limits(small, "bf16", 1e15)
     assert fast.decode_tokens_per_s(1, 128) == pytest.approx(81, rel=0.05)  # 372 MB of weights at 30 GB/s
