@@ -325,7 +325,10 @@ def _gaps(
             get=f"{_pip('torch')} --index-url {CPU_INDEX}, or the build for your GPU from https://pytorch.org",
         )
     if not processor.has_bf16:
-        yield Gap(what="bf16 products in hardware", get="this processor has none; bf16 is emulated, float32 is not")
+        yield Gap(
+            what="bf16 products in hardware",
+            get="this processor has none; the C++ kernels multiply bf16 as fp32, and without them training is in fp32",
+        )
     if not _read_runtime():
         yield Gap(
             what="C++ runtime, without which decoding runs in PyTorch, slower",

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-PRODUCTS = ("plain loops", "AVX-512 BF16", "AMX")
+PRODUCTS = ("plain loops", "AVX-512 BF16", "AMX", "fp32 multiply-add")
 
 # Reductions may be reordered so that they vectorise. -ffast-math would also change how the whole process rounds.
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -31,10 +31,11 @@ BUILD_TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """The loaded library, or None with the reason."""
+    """The loaded library, or None with the reason. `fast`: its products use the processor's vector instructions."""
 
     library: ctypes.CDLL | None
     status: str
+    fast: bool = False
 
 
 @cache
@@ -51,8 +52,9 @@ def native_kernels() -> NativeKernels:
     except (OSError, BuildError) as error:
         warnings.warn(f"C++ kernels are not used: {error}", RuntimeWarning, stacklevel=2)
         return NativeKernels(None, str(error))
-    products = PRODUCTS[library.openmimo_product_kind()]
-    return NativeKernels(library, f"built with {Path(compiler).name} {' '.join(flags)}; products by {products}")
+    kind = library.openmimo_product_kind()
+    status = f"built with {Path(compiler).name} {' '.join(flags)}; products by {PRODUCTS[kind]}"
+    return NativeKernels(library, status, fast=kind > 0)
 
 
 class BuildError(Exception):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmimo.kernels import invariant
+from openmimo.kernels import invariant, products
 
 
 class HasInvariantForm:
@@ -22,4 +21,4 @@ class Linear(HasInvariantForm, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., out)."""
-        return invariant.linear(input, self.weight) if self.invariant else F.linear(input, self.weight)
+        return invariant.linear(input, self.weight) if self.invariant else products.linear(input, self.weight)

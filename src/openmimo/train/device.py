@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +10,8 @@ from torch import Tensor
 from openmimo.config.train import Precision
 from openmimo.data.packing import Batch
 from openmimo.errors import ConfigError
+from openmimo.kernels.native import native_kernels
+from openmimo.kernels.products import has_bf16_products
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,21 +31,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward; `auto` takes bf16 where the device multiplies it natively."""
+    """The dtype of forward and backward; `auto` takes bf16 where that is faster than fp32."""
     if precision is Precision.AUTO:
-        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        return torch.bfloat16 if prefers_bf16(device) else torch.float32
     return torch.float32 if precision is Precision.FP32 else torch.bfloat16
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware there (CUDA; AVX-512 BF16, AMX or Arm BF16)."""
+def prefers_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware, or the fused kernels, which take bf16, multiply it in vectors."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo")
-    if not flags.is_file():
-        return False
-    words = set(flags.read_text().split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return has_bf16_products() or native_kernels().fast
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

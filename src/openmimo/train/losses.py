@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmimo.kernels import training as kernels
+from openmimo.kernels.products import matmul
 from openmimo.model import ModelOutput
 
 # Rows of logits alive at once: small enough that a chunk stays in the last-level cache.
@@ -43,20 +44,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets_n1 = targets_N[rows, None].clamp(min=0)
             weights_n1 = weights_N1[rows]
             if needs_grad and kernels.usable(hidden_ND):
-                grad_nV = hidden_ND[rows] @ weight_VD.T
+                grad_nV = matmul(hidden_ND[rows], weight_VD.T)
                 loss += kernels.cross_entropy_(grad_nV, targets_n1[:, 0], weights_n1[:, 0]).sum()
                 assert grad_hidden_ND is not None
                 assert grad_weight_VD is not None
-                grad_hidden_ND[rows] = grad_nV @ weight_VD
-                grad_weight_VD += grad_nV.T @ hidden_ND[rows]
+                grad_hidden_ND[rows] = matmul(grad_nV, weight_VD)
+                grad_weight_VD += matmul(grad_nV.T, hidden_ND[rows])
                 continue
-            log_probs_nV = (hidden_ND[rows] @ weight_VD.T).log_softmax(-1, dtype=torch.float32)
+            log_probs_nV = matmul(hidden_ND[rows], weight_VD.T).log_softmax(-1, dtype=torch.float32)
             loss -= (log_probs_nV.gather(1, targets_n1) * weights_n1).sum()
             if grad_hidden_ND is not None and grad_weight_VD is not None:
                 grad_nV = log_probs_nV.exp_().mul_(weights_n1).scatter_add_(1, targets_n1, -weights_n1)
                 grad_nV = grad_nV.to(hidden_ND.dtype)
-                grad_hidden_ND[rows] = grad_nV @ weight_VD
-                grad_weight_VD += grad_nV.T @ hidden_ND[rows]
+                grad_hidden_ND[rows] = matmul(grad_nV, weight_VD)
+                grad_weight_VD += matmul(grad_nV.T, hidden_ND[rows])
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss

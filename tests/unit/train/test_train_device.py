@@ -12,6 +12,8 @@ import torch
 from openmimo.config.train import Precision
 from openmimo.data.packing import Batch
 from openmimo.errors import ConfigError
+from openmimo.kernels.native import NativeKernels
+from openmimo.train import device
 from openmimo.train.device import compute_dtype, pick_device, random_state, set_random_state, to_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -40,11 +42,14 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bf16_is_chosen_for_the_device_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processor's flags asked for a run on the GPU, or the GPU's for a run on the processor."""
+    """The processor asked for a run on the GPU, or the GPU for a run on the processor; emulated bf16 chosen."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(Path, "read_text", lambda self: "flags : avx2")
-    assert compute_dtype(Precision.AUTO, CUDA) is torch.bfloat16
-    assert compute_dtype(Precision.AUTO, CPU) is torch.float32
+    for hardware, fast in ((False, False), (False, True), (True, False)):
+        monkeypatch.setattr(device, "has_bf16_products", lambda hardware=hardware: hardware)
+        kernels = NativeKernels(None, "", fast=fast)
+        monkeypatch.setattr(device, "native_kernels", lambda kernels=kernels: kernels)
+        assert compute_dtype(Precision.AUTO, CUDA) is torch.bfloat16
+        assert compute_dtype(Precision.AUTO, CPU) is (torch.bfloat16 if hardware or fast else torch.float32)
     assert compute_dtype(Precision.BF16, CPU) is torch.bfloat16
     assert compute_dtype(Precision.FP32, CUDA) is torch.float32
 

@@ -242,13 +242,15 @@ using namespace openmimo;
 
 extern "C" {
 
-// What multiplies matrices: 0 plain loops, 1 AVX-512 BF16, 2 AMX.
+// What multiplies matrices: 0 plain loops, 1 AVX-512 BF16, 2 AMX, 3 floats by AVX2 or AVX-512.
 int openmimo_product_kind() {
 #ifdef OPENMIMO_AMX
   if (tiles_granted()) return 2;
 #endif
-#ifdef OPENMIMO_BF16_DOT
+#if defined(OPENMIMO_BF16_DOT)
   return 1;
+#elif defined(OPENMIMO_FMA)
+  return 3;
 #else
   return 0;
 #endif

@@ -122,6 +122,7 @@ void openmimo_cross_entropy(bf16* logits, const int64_t* targets, const float* w
     for (int64_t n = 0; n < rows; ++n) {
       bf16* row = logits + n * vocabulary;
       f32x16 tops = splat(-INFINITY), totals = {};
+      float rest = 0.0f;
       int64_t i = 0;
       for (; i + LANES <= vocabulary; i += LANES) tops = maximum(tops, load_bf16(row + i));
       float top = max_of(tops);
@@ -130,10 +131,10 @@ void openmimo_cross_entropy(bf16* logits, const int64_t* targets, const float* w
       for_pieces(vocabulary, [&](int64_t at, int64_t count) {
         const f32x16 e = exp2_of((read(row + at, count) - top) * LOG2E);
         store(values + at, e);
-        for (int64_t j = 0; count < LANES && j < count; ++j) totals[0] += e[j];
+        for (int64_t j = 0; count < LANES && j < count; ++j) rest += values[at + j];
         if (count == LANES) totals += e;
       });
-      const float total = sum_of(totals), factor = weights[n] / total;
+      const float total = sum_of(totals) + rest, factor = weights[n] / total;
       loss[n] = weights[n] * (top + std::log(total) - target);
       for_pieces(vocabulary, [&](int64_t at, int64_t count) {
         write(row + at, load<f32x16>(values + at) * factor, count);

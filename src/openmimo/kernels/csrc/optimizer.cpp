@@ -104,10 +104,12 @@ void openmimo_gradient_norm(const int64_t* table, double* norm, int64_t* zeros, 
       const int64_t count = std::min<int64_t>(LANES, chunk.count - i);
       const f32x16 g = read_entries(chunk.of->gradient, chunk.of->is_bf16, chunk.begin + i, count);
       squares += g * g;
-      zero -= g == 0.0f;  // a lane that is true is -1
+      zero = zero - (i32x16)(g == 0.0f);  // a lane that is true is -1
     }
     sums[c] = sum_of(squares);
-    for (int lane = 0; lane < LANES; ++lane) counts[c] += zero[lane];
+    alignas(64) int32_t zeros[LANES];
+    store(zeros, zero);
+    for (const int32_t lane : zeros) counts[c] += lane;
     counts[c] -= (LANES - chunk.count % LANES) % LANES;  // lanes behind the end
   }
   double total = 0.0;

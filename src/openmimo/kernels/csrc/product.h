@@ -15,6 +15,96 @@ constexpr int64_t DEPTH_STEP = 32;
 constexpr int64_t DEPTH_STEP = 16;
 #endif
 
+#ifdef OPENMIMO_FMA
+
+// Without instructions for bf16 its numbers become floats: those of B by a shift or a mask where they are multiplied,
+// those of A once for all columns.
+#ifdef OPENMIMO_AVX512
+using Register = f32x16;
+using Words = u32x16;
+constexpr int COLUMN_REGISTERS = 4;
+// By name: the compiler would sum two products first where it may reorder.
+inline Register fma(Register a, Register b, Register c) {
+  return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#else
+using Register = f32x8;
+using Words = u32x8;
+constexpr int COLUMN_REGISTERS = 2;
+inline Register fma(Register a, Register b, Register c) {
+  return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#endif
+constexpr int REGISTER_LANES = sizeof(Register) / sizeof(float);
+constexpr int64_t SPLIT_DEPTH = 256;  // pairs of A that are floats at a time: six rows of them stay in the L1 cache
+constexpr int64_t SPLIT_STRIDE = 2 * SPLIT_DEPTH + 16;
+
+// MR rows of floats times NV registers of columns; the sums and what is multiplied fill the registers.
+template <int MR, int NV>
+inline void split_block(const float* a, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
+                        bool accumulate) {
+  Register sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j)
+      sum[i][j] = accumulate ? load<Register>(c + i * ldc + REGISTER_LANES * j) : Register{};
+  const auto multiply = [&](const float* rows, const Register* columns) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const Register row = Register{} + rows[i * SPLIT_STRIDE];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[i][j] = fma(row, columns[j], sum[i][j]);
+    }
+  };
+  for (int64_t p = 0; p < depth; ++p, a += 2, b += ldb) {
+    Register columns[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) columns[j] = (Register)(load<Words>(b + REGISTER_LANES * j) << 16);
+    multiply(a, columns);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) columns[j] = (Register)(load<Words>(b + REGISTER_LANES * j) & 0xffff0000u);
+    multiply(a + 1, columns);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + REGISTER_LANES * j, sum[i][j]);
+}
+
+template <int MR>
+inline void split_product(const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                          int64_t columns, int64_t depth, bool accumulate) {
+  constexpr int64_t STEP = COLUMN_REGISTERS * REGISTER_LANES;
+  alignas(64) float rows[MR * SPLIT_STRIDE];
+  for (int64_t from = 0; from < depth; from += SPLIT_DEPTH) {
+    const int64_t some = std::min(SPLIT_DEPTH, depth - from);
+    for (int i = 0; i < MR; ++i)
+      for (int64_t p = 0; p < 2 * some; p += LANES)
+        store(rows + i * SPLIT_STRIDE + p, load_bf16(a + i * lda + 2 * from + p));
+    const bool later = accumulate || from > 0;
+    const uint32_t* words = b + from * ldb;
+    int64_t column = 0;
+    for (; column + STEP <= columns; column += STEP)
+      split_block<MR, COLUMN_REGISTERS>(rows, words + column, ldb, c + column, ldc, some, later);
+    for (; column < columns; column += REGISTER_LANES)
+      split_block<MR, 1>(rows, words + column, ldb, c + column, ldc, some, later);
+  }
+}
+
+inline void plain_product(const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                          int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  int64_t i = 0;
+  for (; i + 6 <= rows; i += 6)
+    split_product<6>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, columns, depth, accumulate);
+  for (; i + 4 <= rows; i += 4)
+    split_product<4>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, columns, depth, accumulate);
+  for (; i < rows; i += 2)
+    split_product<2>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, columns, depth, accumulate);
+}
+
+#else
+
 #ifdef OPENMIMO_BF16_DOT
 template <int MR, int NV>
 inline void product_block(const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
@@ -72,6 +162,17 @@ inline void product_columns(const bf16* a, int64_t lda, const uint32_t* b, int64
   for (; i < rows; i += 2)
     product_block<2, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, accumulate);
 }
+
+inline void plain_product(const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                          int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  for (; columns >= 64; b += 64, c += 64, columns -= 64)
+    product_columns<4>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
+  if (columns == 48) product_columns<3>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
+  if (columns == 32) product_columns<2>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
+  if (columns == 16) product_columns<1>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
+}
+
+#endif
 
 #ifdef OPENMIMO_AMX
 
@@ -147,11 +248,7 @@ inline void product(const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, 
 #ifdef OPENMIMO_AMX
   if (tiles_granted()) return tile_product(a, lda, b, ldb, c, ldc, rows, columns, depth, accumulate);
 #endif
-  for (; columns >= 64; b += 64, c += 64, columns -= 64)
-    product_columns<4>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
-  if (columns == 48) product_columns<3>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
-  if (columns == 32) product_columns<2>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
-  if (columns == 16) product_columns<1>(a, lda, b, ldb, c, ldc, rows, depth, accumulate);
+  plain_product(a, lda, b, ldb, c, ldc, rows, columns, depth, accumulate);
 }
 
 }  // namespace openmimo

@@ -7,13 +7,20 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define OPENMIMO_AVX512 1
 #if defined(__AVX512BF16__)
 #define OPENMIMO_BF16_DOT 1
+#else
+#define OPENMIMO_FMA 1
 #endif
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define OPENMIMO_AVX2 1
+#define OPENMIMO_FMA 1
 #endif
 
 namespace openmimo {
@@ -21,13 +28,74 @@ namespace openmimo {
 using bf16 = uint16_t;
 constexpr int LANES = 16;
 
+#ifdef OPENMIMO_AVX2
+// Sixteen numbers in two registers. GCC takes vectors of 64 bytes too, but passes them through memory.
+template <typename V>
+struct Two {
+  V low, high;
+
+  Two() = default;
+  Two(V low_, V high_) : low(low_), high(high_) {}
+  template <typename U>
+  explicit Two(const Two<U>& bits) : low((V)bits.low), high((V)bits.high) {}
+};
+
+template <typename V>
+inline V low_of(const Two<V>& x) { return x.low; }
+template <typename V>
+inline V high_of(const Two<V>& x) { return x.high; }
+template <typename S>
+  requires std::is_arithmetic_v<S>
+inline S low_of(S x) { return x; }
+template <typename S>
+  requires std::is_arithmetic_v<S>
+inline S high_of(S x) { return x; }
+
+// f of the lower halves and of the upper ones.
+template <typename F, typename... A>
+inline auto by_halves(F f, const A&... x) {
+  return Two<decltype(f(low_of(x)...))>(f(low_of(x)...), f(high_of(x)...));
+}
+
+template <typename T>
+constexpr bool is_two = false;
+template <typename V>
+constexpr bool is_two<Two<V>> = true;
+
+#define OPENMIMO_OPERATOR(op)                               \
+  template <typename A, typename B>                         \
+    requires(is_two<A> || is_two<B>)                        \
+  inline auto operator op(const A& a, const B& b) {         \
+    return by_halves([](auto x, auto y) { return x op y; }, a, b); \
+  }
+OPENMIMO_OPERATOR(+) OPENMIMO_OPERATOR(-) OPENMIMO_OPERATOR(*) OPENMIMO_OPERATOR(/) OPENMIMO_OPERATOR(&)
+OPENMIMO_OPERATOR(|) OPENMIMO_OPERATOR(<<) OPENMIMO_OPERATOR(>>) OPENMIMO_OPERATOR(<) OPENMIMO_OPERATOR(>)
+OPENMIMO_OPERATOR(<=) OPENMIMO_OPERATOR(>=) OPENMIMO_OPERATOR(==)
+#undef OPENMIMO_OPERATOR
+
+template <typename V>
+inline Two<V> operator~(const Two<V>& x) { return {~x.low, ~x.high}; }
+template <typename V, typename B>
+inline Two<V>& operator+=(Two<V>& a, const B& b) { return a = a + b; }
+template <typename V, typename B>
+inline Two<V>& operator*=(Two<V>& a, const B& b) { return a = a * b; }
+#endif
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+#ifdef OPENMIMO_AVX2
+using f32x16 = Two<f32x8>;
+using i32x16 = Two<i32x8>;
+using u32x16 = Two<u32x8>;
+using u16x16 = Two<u16x8>;
+#else
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
+#endif
 
 template <typename V, typename T>
 inline V load(const T* from) {
@@ -40,6 +108,24 @@ template <typename V, typename T>
 inline void store(T* to, V value) {
   std::memcpy(to, &value, sizeof(V));
 }
+
+#ifdef OPENMIMO_AVX2
+// By halves: a copy of 64 bytes goes through registers of 16.
+template <typename V, typename T>
+  requires is_two<V>
+inline V load(const T* from) {
+  using Half = decltype(V::low);
+  const auto* at = reinterpret_cast<const char*>(from);
+  return {load<Half>(at), load<Half>(at + sizeof(Half))};
+}
+
+template <typename V, typename T>
+inline void store(T* to, Two<V> value) {
+  auto* at = reinterpret_cast<char*>(to);
+  store(at, value.low);
+  store(at + sizeof(V), value.high);
+}
+#endif
 
 inline f32x16 splat(float x) { return f32x16{} + x; }
 
@@ -67,9 +153,19 @@ inline U rounded_bits(F x) {
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-inline f32x16 load_bf16(const bf16* from) {
-  return (f32x16)(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
+#ifdef OPENMIMO_AVX2
+inline u32x16 widened(u16x16 x) {
+  return by_halves([](u16x8 half) { return __builtin_convertvector(half, u32x8); }, x);
 }
+inline u16x16 narrowed(u32x16 x) {
+  return by_halves([](u32x8 half) { return __builtin_convertvector(half, u16x8); }, x);
+}
+#else
+inline u32x16 widened(u16x16 x) { return __builtin_convertvector(x, u32x16); }
+inline u16x16 narrowed(u32x16 x) { return __builtin_convertvector(x, u16x16); }
+#endif
+
+inline f32x16 load_bf16(const bf16* from) { return (f32x16)(widened(load<u16x16>(from)) << 16); }
 
 inline f32x8 load_bf16_8(const bf16* from) {
   return (f32x8)(__builtin_convertvector(load<u16x8>(from), u32x8) << 16);
@@ -79,7 +175,7 @@ inline void store_bf16(bf16* to, f32x16 x) {
 #ifdef OPENMIMO_BF16_DOT
   store(to, _mm512_cvtneps_pbh((__m512)x));
 #else
-  store(to, __builtin_convertvector(rounded_bits<f32x16, u32x16>(x) >> 16, u16x16));
+  store(to, narrowed(rounded_bits<f32x16, u32x16>(x) >> 16));
 #endif
 }
 
@@ -141,8 +237,7 @@ inline void pair_rows(const bf16* low, const bf16* high, int64_t count, uint32_t
   }
 #endif
   for (; i < count; i += LANES)
-    store(to + i, __builtin_convertvector(load<u16x16>(low + i), u32x16) |
-                      (__builtin_convertvector(load<u16x16>(high + i), u32x16) << 16));
+    store(to + i, widened(load<u16x16>(low + i)) | (widened(load<u16x16>(high + i)) << 16));
 }
 
 // ---------------------------------------------------------------- arithmetic
@@ -150,6 +245,8 @@ inline void pair_rows(const bf16* low, const bf16* high, int64_t count, uint32_t
 inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
 #ifdef OPENMIMO_AVX512
   return (f32x16)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)no, (__m512)yes);
+#elif defined(OPENMIMO_AVX2)
+  return by_halves([](i32x8 m, f32x8 y, f32x8 n) { return m ? y : n; }, mask, yes, no);
 #else
   return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
 #endif
@@ -158,6 +255,8 @@ inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
 inline f32x16 maximum(f32x16 a, f32x16 b) {
 #ifdef OPENMIMO_AVX512
   return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(OPENMIMO_AVX2)
+  return by_halves([](f32x8 x, f32x8 y) { return (f32x8)_mm256_max_ps((__m256)x, (__m256)y); }, a, b);
 #else
   return select((i32x16)(a > b), a, b);
 #endif
@@ -166,6 +265,8 @@ inline f32x16 maximum(f32x16 a, f32x16 b) {
 inline f32x16 minimum(f32x16 a, f32x16 b) {
 #ifdef OPENMIMO_AVX512
   return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(OPENMIMO_AVX2)
+  return by_halves([](f32x8 x, f32x8 y) { return (f32x8)_mm256_min_ps((__m256)x, (__m256)y); }, a, b);
 #else
   return select((i32x16)(a < b), a, b);
 #endif
@@ -174,6 +275,8 @@ inline f32x16 minimum(f32x16 a, f32x16 b) {
 inline f32x16 square_root(f32x16 x) {
 #ifdef OPENMIMO_AVX512
   return (f32x16)_mm512_sqrt_ps((__m512)x);
+#elif defined(OPENMIMO_AVX2)
+  return by_halves([](f32x8 y) { return (f32x8)_mm256_sqrt_ps((__m256)y); }, x);
 #else
   for (int i = 0; i < LANES; ++i) x[i] = std::sqrt(x[i]);
   return x;
@@ -184,8 +287,9 @@ inline float sum_of(f32x16 x) {
 #ifdef OPENMIMO_AVX512
   return _mm512_reduce_add_ps((__m512)x);
 #else
-  float sums[8];
-  for (int i = 0; i < 8; ++i) sums[i] = x[i] + x[i + 8];
+  alignas(64) float sums[LANES];
+  store(sums, x);
+  for (int i = 0; i < 8; ++i) sums[i] += sums[i + 8];
   for (int step = 4; step; step /= 2)
     for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
   return sums[0];
@@ -193,31 +297,36 @@ inline float sum_of(f32x16 x) {
 }
 
 inline float max_of(f32x16 x) {
-  float top = x[0];
-  for (int i = 1; i < LANES; ++i) top = std::max(top, x[i]);
-  return top;
+  alignas(64) float values[LANES];
+  store(values, x);
+  return *std::max_element(values, values + LANES);
+}
+
+// 2^r for r in -0.5 .. 0.5.
+template <typename V>
+inline V exp2_near_0(V r) {
+  V p = r * 1.327647129e-3f + 9.675540961e-3f;
+  p = p * r + 5.550713092e-2f;
+  p = p * r + 2.402212024e-1f;
+  p = p * r + 6.931469440e-1f;
+  return p * r + 1.0f;
 }
 
 // 2^x with a relative error below 2e-7 where that is a normal number below 2^127; 0 far below.
 inline f32x16 exp2_of(f32x16 x) {
 #ifdef OPENMIMO_AVX512
   const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const f32x16 r = x - whole;
+  return (f32x16)_mm512_scalef_ps((__m512)exp2_near_0(x - whole), (__m512)whole);
+#elif defined(OPENMIMO_AVX2)
+  return by_halves([](f32x8 y) {
+    y = (f32x8)_mm256_min_ps(_mm256_max_ps((__m256)y, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+    const f32x8 whole = (f32x8)_mm256_round_ps((__m256)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return exp2_near_0(y - whole) * (f32x8)(((i32x8)_mm256_cvtps_epi32((__m256)whole) + 127) << 23);
+  }, x);
 #else
   x = minimum(maximum(x, splat(-127.0f)), splat(127.0f));
   const i32x16 exponent = __builtin_convertvector(x + select((i32x16)(x < 0.0f), splat(-0.5f), splat(0.5f)), i32x16);
-  const f32x16 r = x - __builtin_convertvector(exponent, f32x16);
-#endif
-  f32x16 p = splat(1.327647129e-3f);
-  p = p * r + 9.675540961e-3f;
-  p = p * r + 5.550713092e-2f;
-  p = p * r + 2.402212024e-1f;
-  p = p * r + 6.931469440e-1f;
-  p = p * r + 1.0f;
-#ifdef OPENMIMO_AVX512
-  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
-  return p * (f32x16)((exponent + 127) << 23);
+  return exp2_near_0(x - __builtin_convertvector(exponent, f32x16)) * (f32x16)((exponent + 127) << 23);
 #endif
 }
 
