@@ -24,7 +24,8 @@ struct Tables {
 constexpr Tables tables;
 
 struct Isa {
-  static constexpr int LANES = 16, REGISTERS = 24, WIDE_VECTORS = 4;
+  static constexpr int LANES = 16, REGISTERS = 24, PLAIN_REGISTERS = 24, WIDE_VECTORS = 4;
+  static constexpr bool WIDER_ALONE = false;
   using Vec = __m512;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }

@@ -6,7 +6,8 @@
 namespace {
 
 struct Isa {
-  static constexpr int LANES = 8, REGISTERS = 8, WIDE_VECTORS = 2;
+  static constexpr int LANES = 8, REGISTERS = 8, PLAIN_REGISTERS = 10, WIDE_VECTORS = 2;  // of 16: GCC spills 12
+  static constexpr bool WIDER_ALONE = true;
   using Vec = __m256;
   struct Pair { __m256 low, high; };
 
@@ -53,11 +54,16 @@ struct Isa {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow(low));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + 1, narrow(high));
   }
-  static Pair pair_of_bf16(const uint8_t* at) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  static Vec low_half(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+  static Vec high_half(__m256i words) {
+    return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static Vec low_of(const uint8_t* at) { return low_half(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+  static Vec high_of(const uint8_t* at) { return high_half(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+  // The vector units take words from memory and halve them, rather than the other way round.
+  static Vec low_of(uint32_t word) { return low_half(_mm256_set1_epi32(static_cast<int>(word))); }
+  static Vec high_of(uint32_t word) { return high_half(_mm256_set1_epi32(static_cast<int>(word))); }
+  static Pair pair_of_bf16(const uint8_t* at) { return {low_of(at), high_of(at)}; }
   static Pair pair_of_int8(const uint8_t* at) {
     const __m256i both = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
     return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(both, 24), 24)),
@@ -88,8 +94,7 @@ struct Isa {
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
   static Vec dot(Vec sum, uint32_t word, const Pair& b) {
-    sum = _mm256_fmadd_ps(_mm256_set1_ps(float_from_bits(word << 16)), b.low, sum);
-    return _mm256_fmadd_ps(_mm256_set1_ps(float_from_bits(word & 0xffff0000u)), b.high, sum);
+    return _mm256_fmadd_ps(high_of(word), b.high, _mm256_fmadd_ps(low_of(word), b.low, sum));
   }
 };
 

@@ -1,7 +1,9 @@
 // The kernels, written once over a small vector type `Isa` that the including file defines:
-//   Vec, LANES, REGISTERS; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum, any_above
+//   Vec, LANES; REGISTERS and PLAIN_REGISTERS for sums, the latter where what is multiplied is fp32 or bf16; WIDE_VECTORS,
+//   and WIDER_ALONE where one or two rows leave room for more; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum, any_above
 //   keep, nearest, scale, store_bf16
 //   Pair (bf16 words ready for a product), pair_of_{bf16,int8,fp8,int4}(ptr), load_bf16(ptr), dot(sum, word, Pair)
+//   and where registers are few, the halves of bf16 words: low_of, high_of (of a vector's bytes or of one word)
 #pragma once
 
 #include <initializer_list>
@@ -33,6 +35,37 @@ struct Operand<Format::F32> {
   static Isa::Vec dot(Isa::Vec sum, uint32_t word, B b) { return Isa::fma(Isa::set(float_from_bits(word)), b, sum); }
 };
 
+// The same pointer, of which the compiler does not know that: what was read there before it would keep in registers that
+// sums need.
+template <typename T>
+inline const T* read_anew(const T* at) {
+#if defined(__GNUC__)
+  asm("" : "+r"(at));
+#endif
+  return at;
+}
+
+// Both halves of all columns do not fit beside the sums of many rows: one after the other.
+template <typename I, int MR, int NV>
+  requires requires(const uint8_t* at) { I::low_of(at); }
+inline void dot_halves(typename I::Vec (&sum)[MR][NV], const uint32_t* const (&a)[MR], const uint8_t* b, int step) {
+  typename I::Vec columns[NV];
+  for (int j = 0; j < NV; ++j) columns[j] = I::low_of(b + j * I::LANES * 4);
+  for (int i = 0; i < MR; ++i) {
+    const typename I::Vec row = I::low_of(a[i][step]);
+    for (int j = 0; j < NV; ++j) sum[i][j] = I::fma(row, columns[j], sum[i][j]);
+  }
+  b = read_anew(b);
+  for (int j = 0; j < NV; ++j) columns[j] = I::high_of(b + j * I::LANES * 4);
+  for (int i = 0; i < MR; ++i) {
+    const typename I::Vec row = I::high_of(read_anew(a[i])[step]);
+    for (int j = 0; j < NV; ++j) sum[i][j] = I::fma(row, columns[j], sum[i][j]);
+  }
+}
+
+template <typename I, Format F>
+constexpr bool BY_HALVES = F == Format::BF16 && requires(const uint8_t* at) { I::low_of(at); };
+
 template <Format F, int MR, int NV, bool FETCH = false>
 inline void dot_steps(Isa::Vec (&sum)[MR][NV], const uint32_t* const (&a)[MR], const uint8_t* b, int64_t stride, int begin,
                       int end, int64_t ahead = 0) {
@@ -41,6 +74,10 @@ inline void dot_steps(Isa::Vec (&sum)[MR][NV], const uint32_t* const (&a)[MR], c
     typename O::B columns[NV];
     if constexpr (FETCH)
       for (int j = 0; j < NV; ++j) __builtin_prefetch(b + ahead + j * Isa::LANES * column_bytes(F));
+    if constexpr (BY_HALVES<Isa, F>) {
+      dot_halves<Isa>(sum, a, b, step);
+      continue;
+    }
     for (int j = 0; j < NV; ++j) columns[j] = O::load(b + j * Isa::LANES * column_bytes(F));
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < NV; ++j) sum[i][j] = O::dot(sum[i][j], a[i][step], columns[j]);
@@ -86,26 +123,27 @@ void product_tile(const Product& p, int row, int column) {
     for (int j = 0; j < NV; ++j) Isa::store(out + i * p.out_stride + j * Isa::LANES, sum[i][j]);
 }
 
+template <Format F, int NV, int MR>
+void product_some(const Product& p, int row, int rows, int column) {
+  if (rows == MR) return product_tile<F, MR, NV>(p, row, column);
+  if constexpr (MR > 1) product_some<F, NV, MR - 1>(p, row, rows, column);
+}
+
+// As few tiles as there are registers for, of about the same number of rows: a tile of one row waits for its own sums.
 template <Format F, int NV>
 void product_rows(const Product& p, int column) {
-  constexpr int FIT = Isa::REGISTERS / (group_steps(F) ? 2 * NV : NV), MR = FIT < 1 ? 1 : (FIT > 8 ? 8 : FIT);
-  int row = 0;
-  for (; row + MR <= p.num_rows; row += MR) product_tile<F, MR, NV>(p, row, column);
-  switch (p.num_rows - row) {
-    case 7: if constexpr (MR > 7) product_tile<F, 7, NV>(p, row, column); break;
-    case 6: if constexpr (MR > 6) product_tile<F, 6, NV>(p, row, column); break;
-    case 5: if constexpr (MR > 5) product_tile<F, 5, NV>(p, row, column); break;
-    case 4: if constexpr (MR > 4) product_tile<F, 4, NV>(p, row, column); break;
-    case 3: if constexpr (MR > 3) product_tile<F, 3, NV>(p, row, column); break;
-    case 2: if constexpr (MR > 2) product_tile<F, 2, NV>(p, row, column); break;
-    case 1: if constexpr (MR > 1) product_tile<F, 1, NV>(p, row, column); break;
-    default: break;
+  constexpr int ROOM = F == Format::F32 || F == Format::BF16 ? Isa::PLAIN_REGISTERS : Isa::REGISTERS;
+  constexpr int FIT = ROOM / (group_steps(F) ? 2 * NV : NV), MR = FIT < 1 ? 1 : (FIT > 8 ? 8 : FIT);
+  for (int row = 0; row < p.num_rows;) {
+    const int left = p.num_rows - row, tiles = (left + MR - 1) / MR, rows = (left + tiles - 1) / tiles;
+    product_some<F, NV, MR>(p, row, rows, column);
+    row += rows;
   }
 }
 
-template <Format F>
-void product_of(const Product& p) {
-  constexpr int WIDE = Isa::WIDE_VECTORS, SIXTEEN = 16 / Isa::LANES;
+template <Format F, int WIDE>
+void product_columns(const Product& p) {
+  constexpr int SIXTEEN = 16 / Isa::LANES;
   int column = 0;
   for (; column + WIDE * Isa::LANES <= p.columns; column += WIDE * Isa::LANES) product_rows<F, WIDE>(p, column);
   switch ((p.columns - column) / 16) {
@@ -114,6 +152,15 @@ void product_of(const Product& p) {
     case 1: if constexpr (SIXTEEN < WIDE) product_rows<F, SIXTEEN>(p, column); break;
     default: break;
   }
+}
+
+template <Format F>
+void product_of(const Product& p) {
+  if constexpr (Isa::WIDER_ALONE) {
+    if (p.num_rows == 1) return product_columns<F, 4 * Isa::WIDE_VECTORS>(p);
+    if (p.num_rows == 2) return product_columns<F, 2 * Isa::WIDE_VECTORS>(p);
+  }
+  product_columns<F, Isa::WIDE_VECTORS>(p);
 }
 
 void product(Format format, const Product& p) {

@@ -86,8 +86,9 @@ void integer_columns(const IntegerProduct& p, int column) {
   }
 }
 
-void integer_product(const IntegerProduct& p) {
-  constexpr int WIDE = Isa::WIDE_VECTORS, SIXTEEN = 16 / Isa::LANES;
+template <int WIDE>
+void integer_panel(const IntegerProduct& p) {
+  constexpr int SIXTEEN = 16 / Isa::LANES;
   int column = 0;
   for (; column + WIDE * Isa::LANES <= p.columns; column += WIDE * Isa::LANES) integer_columns<WIDE>(p, column);
   switch ((p.columns - column) / 16) {
@@ -96,6 +97,13 @@ void integer_product(const IntegerProduct& p) {
     case 1: if constexpr (SIXTEEN < WIDE) integer_columns<SIXTEEN>(p, column); break;
     default: break;
   }
+}
+
+void integer_product(const IntegerProduct& p) {
+  if constexpr (Isa::WIDER_ALONE) {
+    if (p.num_rows == 1) return integer_panel<4 * Isa::WIDE_VECTORS>(p);
+  }
+  integer_panel<Isa::WIDE_VECTORS>(p);
 }
 
 // The bits of a bf16 value without its sign grow with its size, so that the largest is found among whole numbers.

@@ -4,7 +4,8 @@
 namespace {
 
 struct Isa {
-  static constexpr int LANES = 8, REGISTERS = 4, WIDE_VECTORS = 2;
+  static constexpr int LANES = 8, REGISTERS = 4, PLAIN_REGISTERS = 4, WIDE_VECTORS = 2;
+  static constexpr bool WIDER_ALONE = false;
   struct Vec { float v[LANES]; };
   struct Pair { Vec low, high; };
 
