@@ -1,7 +1,8 @@
 // The kernels, written once over a small vector type `Isa` that the including file defines:
-//   Vec, LANES; REGISTERS and PLAIN_REGISTERS for sums, the latter where what is multiplied is fp32 or bf16; WIDE_VECTORS,
-//   and WIDER_ALONE where one or two rows leave room for more; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum, any_above
+//   Vec, LANES; zero, set, load, store, add, sub, mul, fma, max, reduce_max, reduce_sum, any_above
 //   keep, nearest, scale, store_bf16
+//   REGISTERS for sums, PLAIN_REGISTERS where what is multiplied is fp32 or bf16; WIDE_VECTORS of columns at a time, and
+//   WIDER_ALONE if one or two rows leave room for more
 //   Pair (bf16 words ready for a product), pair_of_{bf16,int8,fp8,int4}(ptr), load_bf16(ptr), dot(sum, word, Pair)
 //   and where registers are few, the halves of bf16 words: low_of, high_of (of a vector's bytes or of one word)
 #pragma once

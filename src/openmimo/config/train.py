@@ -56,8 +56,7 @@ class Precision(StrEnum):
     """Number format of the forward and backward pass; master weights are fp32 either way.
 
     `auto` is bf16 where the processor multiplies it in hardware or the C++ kernels do in its vector units, fp32
-    elsewhere. `fp8` is bf16 with FP8 products
-    (extra `fp8`); what the report keeps in bf16 stays so.
+    elsewhere. `fp8` is bf16 with FP8 products (extra `fp8`); what the report keeps in bf16 stays so.
     """
 
     AUTO = "auto"

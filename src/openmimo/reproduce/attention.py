@@ -36,6 +36,7 @@ from openmimo.model import cast_model
 from openmimo.reproduce.story import DOMAINS, EXAM_SEED, FinishedRun, Scores, Story, StoryRecipe, mean, models_mark
 from openmimo.text import ChatTemplate, Tokenizer
 from openmimo.train.device import compute_dtype, pick_device, to_device
+from openmimo.train.interrupt import end_with_parent
 from openmimo.train.step import evaluate
 from openmimo.train.tokenizer import tokenizer_for
 
@@ -272,6 +273,7 @@ class _Job:
 
 
 def _train_and_examine(job: _Job) -> ArmExam:
+    end_with_parent()
     with (job.folder / f"{job.name}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         story = Story(job.folder, job.story)
         run = story.trained(job.name, job.recipe)

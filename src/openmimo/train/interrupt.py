@@ -1,8 +1,11 @@
-"""Ending a run on Ctrl-C or SIGTERM only after it has saved."""
+"""Ending a run on Ctrl-C or SIGTERM, or with the process that began it, only after it has saved."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,3 +38,18 @@ def interrupt_flag() -> Generator[Callable[[], bool]]:
         for number, handler in previous.items():
             if signal.getsignal(number) is note:
                 signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """From now on, the end of the process that began this one is a SIGTERM to this one.
+
+    For runs in processes of their own: nobody waits for them when what began them was killed.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

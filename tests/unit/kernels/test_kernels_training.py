@@ -177,6 +177,22 @@ def test_attention_survives_extreme_scores() -> None:
 
 
 @pytest.mark.usefixtures("library")
+def test_what_is_no_number_is_not_hidden() -> None:
+    """Minimum and maximum keep one operand where the other is NaN: the wrong one, and a run that came apart goes on."""
+    shape = kernels.AttentionShape(1, 1, 16, 16, 2)
+    qkv = torch.randn(1, 70, shape.width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    qkv[0, 40, :16] = torch.nan  # one query
+    tables = torch.ones(1, 70, 2), torch.zeros(1, 70, 2)
+    first = torch.zeros(1, 70, dtype=torch.int32)
+    out = kernels.attention(qkv, *tables, first, None, shape=shape, value_scale=1.0)
+    assert out[0, 40].isnan().all()
+    assert not out[0, :40].isnan().any()
+    gate_up = torch.randn(3, 64).bfloat16()
+    gate_up[1, 5] = torch.nan
+    assert kernels.swiglu(gate_up).isnan().nonzero().tolist() == [[1, 5]]
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("rows", "dim"), [(700, 256), (1, 24), (257, 40)])
 def test_norm_and_swiglu_match_float64(rows: int, dim: int) -> None:
     """Catches a wrong formula or a row that is left out, forward and backward."""

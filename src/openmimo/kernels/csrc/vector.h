@@ -319,12 +319,13 @@ inline f32x16 exp2_of(f32x16 x) {
   return (f32x16)_mm512_scalef_ps((__m512)exp2_near_0(x - whole), (__m512)whole);
 #elif defined(OPENMIMO_AVX2)
   return by_halves([](f32x8 y) {
-    y = (f32x8)_mm256_min_ps(_mm256_max_ps((__m256)y, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+    // The second operand is what a comparison with NaN leaves.
+    y = (f32x8)_mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), (__m256)y));
     const f32x8 whole = (f32x8)_mm256_round_ps((__m256)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return exp2_near_0(y - whole) * (f32x8)(((i32x8)_mm256_cvtps_epi32((__m256)whole) + 127) << 23);
   }, x);
 #else
-  x = minimum(maximum(x, splat(-127.0f)), splat(127.0f));
+  x = minimum(splat(127.0f), maximum(splat(-127.0f), x));  // so that NaN stays
   const i32x16 exponent = __builtin_convertvector(x + select((i32x16)(x < 0.0f), splat(-0.5f), splat(0.5f)), i32x16);
   return exp2_near_0(x - __builtin_convertvector(exponent, f32x16)) * (f32x16)((exponent + 127) << 23);
 #endif
@@ -334,7 +335,7 @@ constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;
 
 inline f32x16 sigmoid(f32x16 x) {
-  return 1.0f / (1.0f + exp2_of(minimum(maximum(x * -LOG2E, splat(-126.0f)), splat(126.0f))));
+  return 1.0f / (1.0f + exp2_of(minimum(splat(126.0f), maximum(splat(-126.0f), x * -LOG2E))));
 }
 
 // ---------------------------------------------------------------- layout
