@@ -89,6 +89,18 @@ uint8_t* WeightMemory::data() const { return is_file() ? memory_ + HEADER_BYTES 
 
 #if defined(OPENMIMO_MAPPED)
 
+namespace {
+
+// Weights are read from end to end, and a small page's end stops the processor from reading ahead. Of a file this also says
+// that it shall be read into huge pages, where the file system can; where it cannot the weights are the same, only slower.
+void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
 void WeightMemory::close() {
   if (memory_) munmap(memory_, static_cast<size_t>(bytes_ + (is_file() ? HEADER_BYTES : 0)));
   if (file_ >= 0) ::close(file_);
@@ -103,9 +115,7 @@ void WeightMemory::allocate(int64_t bytes) {
   bytes_ = std::max<int64_t>(bytes, 1);
   void* memory = mmap(nullptr, static_cast<size_t>(bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  madvise(memory, static_cast<size_t>(bytes_), MADV_HUGEPAGE);
-#endif
+  ask_for_huge_pages(memory, bytes_);
   memory_ = static_cast<uint8_t*>(memory);
   writable_ = true;
 }
@@ -116,6 +126,7 @@ void WeightMemory::map(int64_t bytes, bool writable) {
   void* memory = mmap(nullptr, static_cast<size_t>(bytes + HEADER_BYTES), writable ? PROT_READ | PROT_WRITE : PROT_READ,
                       MAP_SHARED, file_, 0);
   if (memory == MAP_FAILED) throw std::runtime_error(std::string("cannot map packed weights: ") + std::strerror(errno));
+  ask_for_huge_pages(memory, bytes + HEADER_BYTES);
   memory_ = static_cast<uint8_t*>(memory);
 }
 
