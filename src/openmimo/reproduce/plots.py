@@ -197,7 +197,11 @@ def plot_retrieval(cells: Sequence[RetrievalCell], path: Path, native_tokens: in
 
 
 def plot_attention(report: AttentionReport, path: Path) -> None:
-    """Loss, domains and retrieval of every arm; bars and whiskers are means and sample deviations over the seeds."""
+    """Loss, domains and retrieval of every arm, means over the seeds.
+
+    Whiskers are sample deviations; those of retrieval go from the worst seed to the best, because seeds find all or
+    nothing there.
+    """
     drawing, (left, middle, right) = _new_figures(3)
     for place, result in enumerate(report.arms):
         losses = [exam.loss for exam in result.exams]
@@ -207,17 +211,18 @@ def plot_attention(report: AttentionReport, path: Path) -> None:
         x_D = np.arange(len(DOMAINS)) - 0.4 + (place + 0.5) * width
         middle.bar(x_D, shares_DS.mean(1), width, yerr=[_deviation(line) for line in shares_DS.tolist()])
         recalled_LS = np.array([[100 * exam.recalled(level) for exam in result.exams] for level in LEVELS])
-        times = [2**step for step in range(len(LEVELS))]
-        errors = [_deviation(line) for line in recalled_LS.tolist()]
-        right.errorbar(times, recalled_LS.mean(1), yerr=errors, marker="o", capsize=4, label=result.arm.name)
+        mean_L = recalled_LS.mean(1)
+        errors = [mean_L - recalled_LS.min(1), recalled_LS.max(1) - mean_L]
+        x_L = np.arange(len(LEVELS)) + 0.06 * (place - (len(report.arms) - 1) / 2)
+        right.errorbar(x_L, mean_L, yerr=errors, marker="o", capsize=4)
     left.set_yticks(range(len(report.arms)), [result.arm.name for result in report.arms])
     left.set_xlabel("held-out text, nats per token")
     middle.set_xticks(range(len(DOMAINS)), DOMAINS)
     middle.set_ylabel("right answers (%)")
-    right.set_xscale("log", base=2)
-    right.set_xlabel("times the native length")
+    right.set_xticks(range(len(LEVELS)), [f"{2**step}x" for step in range(len(LEVELS))])
+    right.set_xlabel("the native length")
     right.set_ylabel("retrieval (%)")
-    right.legend(fontsize=8)
+    right.set_ylim(-2, 102)
     drawing.savefig(path, dpi=120)
 
 
