@@ -95,10 +95,11 @@ def train_rows(preset: str) -> Rows:
     share, peak = 100 * found["utilisation"]["openmimo"], found["matmul_peak_flops"] / 1e9
     figure = (
         f"{found['ratio']:.1f}x ({ours:,.0f} / {theirs:,.0f} tokens/s); {share:.0f}% of the matmul peak "
-        f"of the same run, {peak:.0f} GFLOP/s"
+        f"of the same run, {peak:.0f} GFLOP/s (transformers {found['utilisation']['transformers']:.0%})"
     )
     label = f"training `{preset}` in bf16 beside transformers ({found['their_settings']})"
-    return [(label, f"`python benchmarks/train.py --preset {preset}`", figure)]
+    apart = " --apart" if found["options"].get("apart") else ""
+    return [(label, f"`python benchmarks/train.py --preset {preset}{apart}`", figure)]
 
 
 def attention_rows() -> Rows:
