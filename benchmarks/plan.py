@@ -76,9 +76,10 @@ def serve(name: str, folder: Path, smallest: Path, context: int, threads: int) -
         planned.append(replica.decode_step(1, (context + room) // 2).seconds)
         time.sleep(REST)
     replica = Replica(preset(name), Fleet(device=device, count=1))
+    caches = replica.sequence_bytes(room) + replica.rotary_bytes(room)
     return {
         "bytes": held - before,
-        "planned_bytes": replica.weight_bytes() + replica.sequence_bytes(room) + replica.step_bytes(),
+        "planned_bytes": replica.weight_bytes() + caches + replica.step_bytes(),
         "seconds": statistics.median(seconds),
         "planned_seconds": statistics.median(planned),
     }

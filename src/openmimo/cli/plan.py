@@ -135,7 +135,7 @@ def _print_serving(config: ModelConfig, fleet: Fleet, context: int, weights: str
         print(f"{head}it does not fit; {number} would hold the weights and one sequence of {context:,} tokens")
         return {"on": fleet.name, "fits": False, "devices_needed": needed}
     replica = Replica(config, fleet, ranks=layout.ranks, weights=weights, cache=cache)
-    prompt, buffers = replica.prefill(context), replica.step_bytes()
+    prompt, buffers = replica.prefill(context), replica.step_bytes() + replica.rotary_bytes(context)
     print(
         f"{head}{layout.replicas} copies on {layout.ranks} devices each, {layout.weight_bytes / GB:.4g} GB of weights "
         f"a device, {buffers / GB:.3g} GB for a step of {STEP_TOKENS} tokens and {layout.sequence_bytes / GB:.4g} GB a "

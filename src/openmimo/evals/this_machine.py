@@ -38,7 +38,7 @@ def measure_here(memory: float, threads: int) -> Device:
         per_node=1,
         reads=reads,
     )
-    return replace(device, layer_seconds=_layer_seconds(device, threads))
+    return replace(device, layer_seconds=layer_seconds(device, threads))
 
 
 def read_rates(reader: MemoryReader, *, rounds: int = 5, min_seconds: float = 0.02) -> tuple[tuple[float, float], ...]:
@@ -54,8 +54,8 @@ def read_rates(reader: MemoryReader, *, rounds: int = 5, min_seconds: float = 0.
     )
 
 
-def _layer_seconds(device: Device, threads: int) -> float:
-    """What a decoding step of the smallest model takes beside reading it, per layer."""
+def layer_seconds(device: Device, threads: int) -> float:
+    """What a decoding step of the smallest model takes beside reading it at the device's speed, per layer."""
     config = preset(SMALLEST)
     model = build_model(config, dtype=torch.bfloat16)
     try:

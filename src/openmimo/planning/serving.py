@@ -28,6 +28,7 @@ CACHE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}
 # Of a device's memory that weights and caches may take; the rest is for activations and the runtime.
 USABLE = 0.9
 PAGE_TOKENS = 64
+PANEL_OUTPUTS = 64  # the native runner packs matrices in panels of as many outputs; routers have fewer
 STEP_TOKENS = 512
 BF16_BYTES, FP32_BYTES = 2, 4
 
@@ -68,10 +69,12 @@ class Replica:
         self.weight_bits, self.cache_bytes = WEIGHT_BITS[weights], CACHE_BYTES[cache]
 
     def weight_bytes(self) -> float:
-        """Per device. The embedding has at least 16 bits; norms and routers are fp32."""
+        """Per device. The embedding has at least 16 bits; norms and routers are fp32, routers in whole panels."""
         counts = count_parameters(self.config)
-        plain = counts.norms + counts.router
-        shared = counts.total - counts.embedding - plain - counts.experts
+        experts = self.config.moe.num_experts if self.config.moe else 0
+        padded = self.config.num_moe_layers * (-experts % PANEL_OUTPUTS) * self.config.hidden_size
+        plain = counts.norms + counts.router + padded
+        shared = counts.total - counts.embedding - counts.norms - counts.router - counts.experts
         bits = counts.embedding * max(self.weight_bits, 16) + plain * 32
         return (bits + (shared + counts.experts / self.ranks) * self.weight_bits) / 8
 
@@ -83,6 +86,11 @@ class Replica:
         slots = heads + 1 if heads else 0
         exact = kv_cache_bytes(self.config, context_tokens, self.cache_bytes, slots, mtp_heads=heads)
         return whole.global_layers + exact.sliding_layers + exact.mtp_heads
+
+    def rotary_bytes(self, context_tokens: int) -> float:
+        """Cosines and sines of every position for both kinds of layers, in fp32; all sequences share them."""
+        kinds = sorted(set(self.config.layer_kinds))
+        return FP32_BYTES * context_tokens * sum(self.config.rotary_dim(kind) for kind in kinds)
 
     def step_bytes(self, num_tokens: int = STEP_TOKENS) -> float:
         """What a step of so many tokens keeps while it runs: one layer's buffers, bf16 operands and fp32 sums.
