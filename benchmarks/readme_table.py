@@ -270,7 +270,7 @@ def ablation_rows() -> Rows:
     found = read("ablation")
     if found is None:
         return []
-    command = "`openmimo reproduce attention`"
+    command = "`openmimo reproduce attention --windows 16,4`"
     rows: Rows = []
     whole = found["arms"][0]["speeds"]
     for name, arm in zip(found["arm_names"], found["arms"], strict=True):
@@ -292,9 +292,9 @@ def ablation_rows() -> Rows:
         figure = f"retrieval at 1, 2, 4, 8x {shares}; held-out text {loss} nats{kept}"
         rows.append((f"attention: {name}, {len(exams)} seeds", command, figure))
     changes = ", ".join(
-        f"{value} {difference:+.4f} +-{error:.4f}"
+        f"{value} {difference:+.4f} +-{error:.4f} at window {window}"
         for value in ("loss", "domains")
-        for _, difference, error in found["sink_minus_none"][value]
+        for window, difference, error in found["sink_minus_none"][value]
     )
     rows.append(("attention: what the sink changes, seed by seed", command, changes))
     flash = f"{found['flash_cache_ratio_256k']:.2f}x fewer bytes by formula; the report: nearly 6x"
