@@ -270,7 +270,8 @@ def ablation_rows() -> Rows:
     found = read("ablation")
     if found is None:
         return []
-    command = "`openmimo reproduce attention --windows 16,4`"
+    windows = ",".join(str(window) for window, *_ in found["sink_minus_none"]["loss"])
+    command = f"`openmimo reproduce attention --windows {windows}`"
     rows: Rows = []
     whole = found["arms"][0]["speeds"]
     for name, arm in zip(found["arm_names"], found["arms"], strict=True):
